@@ -1,0 +1,1 @@
+"""Nested low-rank adapters: train once, use at every rank up to r_max."""
