@@ -1,0 +1,58 @@
+"""Every error the service raises on purpose. None knows HTTP: one table in app.py maps the tree to statuses.
+
+    ServiceError
+    ├── InvalidRequest        a request that can't be served as it stands; names the field, the value, what is legal
+    ├── UnknownAdapter        the request names an adapter that is not loaded
+    ├── QueueFull             the bounded queue of waiting requests is full
+    ├── Draining              the server is shutting down and takes no new requests
+    ├── EngineFailed          a step raised; the request is over, the engine goes on
+    └── ModelRefused          the base model can't be served; raised at start only, lists every reason
+"""
+
+from collections.abc import Sequence
+
+
+class ServiceError(Exception):
+    """Base of the tree. `str(error)` is meant for the person who caused it."""
+
+
+class InvalidRequest(ServiceError):
+    """A request that can't be served as it stands. The message names the field, the value and what would be legal."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: {message}")
+
+
+class UnknownAdapter(ServiceError):
+    """The request names an adapter that is not loaded."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"no adapter named {name[:80]!r}")
+
+
+class QueueFull(ServiceError):
+    """The bounded queue of waiting requests is full."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the queue is full ({limit} requests are waiting)")
+
+
+class Draining(ServiceError):
+    """The server is shutting down and takes no new requests."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down and takes no new requests")
+
+
+class EngineFailed(ServiceError):
+    """A step raised; the request is over, the engine goes on."""
+
+
+class ModelRefused(ServiceError):
+    """The base model can't be served. `reasons` lists every one found."""
+
+    def __init__(self, model: str, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"model {model!r} can't be served: " + "; ".join(self.reasons))
