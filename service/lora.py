@@ -113,16 +113,13 @@ class LoraBank:
         self._capacity = columns
         self._residents: dict[str, _Resident] = {}  # least recently acquired first
         self._active: ActiveColumns | None = None
+        self.nbytes = 0
+        """Bytes of all columns, used or not."""
 
     @property
     def resident(self) -> int:
         """Number of adapters that have columns."""
         return len(self._residents)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all columns, used or not."""
-        return sum(module.a.nbytes + module.b.nbytes for module in self._adapted.values())
 
     def check(self, adapter: Adapter) -> None:
         """Compare an adapter with the base model. Reads shapes only, so any thread may call it.
@@ -148,11 +145,19 @@ class LoraBank:
         """Count one user less."""
         self._residents[version].users -= 1
 
+    def is_used(self, version: str) -> bool:
+        """Whether an adapter has users."""
+        return version in self._residents and self._residents[version].users > 0
+
+    @property
+    def users(self) -> int:
+        """Users of all adapters."""
+        return sum(resident.users for resident in self._residents.values())
+
     def forget(self, version: str) -> None:
-        """Give up an adapter's columns, unless it is unknown or in use."""
-        resident = self._residents.get(version)
-        if resident is not None and resident.users == 0:
-            self._evict(resident)
+        """Give up the columns of an adapter without users, if it has any."""
+        if version in self._residents:
+            self._evict(self._residents[version])
 
     def step(self, choices: Sequence[AdapterChoice | None], lengths: Sequence[int], sampled: Tensor) -> "MixedStep":
         """Lay out a mixed step: run i of `lengths[i]` packed rows uses `choices[i]`; `sampled` are the rows whose logits
@@ -186,11 +191,19 @@ class LoraBank:
         replaced = {f"{path}.bias": bias for path, bias in adapter.base_bias.items()} | dict(adapter.saved_modules)
         for name, value in replaced.items():
             path, _, leaf = name.rpartition(".")
-            parameter = dict(self._originals[path].named_parameters(recurse=False)).get(leaf) if path in self._originals else None
+            parameter = (
+                dict(self._originals[path].named_parameters(recurse=False)).get(leaf)
+                if path in self._originals
+                else None
+            )
             if parameter is None:
                 yield f"{name}: the base model has no such parameter"
             elif parameter.shape != value.shape:
-                hint = "; a resized vocabulary needs a base model resized alike" if "embed" in name or "head" in name else ""
+                hint = (
+                    "; a resized vocabulary needs a base model resized alike"
+                    if "embed" in name or "head" in name
+                    else ""
+                )
                 yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
 
     def _place(self, version: str, adapter: Adapter) -> _Resident:
@@ -204,7 +217,9 @@ class LoraBank:
             if module.site.kind is SiteKind.OTHER:
                 continue
             columns = slice(resident.start, resident.end)
-            module.a[columns] = 0  # the former owner's numbers must not shine through modules that this one leaves alone
+            module.a[columns] = (
+                0  # the former owner's numbers must not shine through modules that this one leaves alone
+            )
             module.b[columns] = 0
             factors = adapter.modules.get(path)
             if factors is not None:
@@ -216,6 +231,7 @@ class LoraBank:
             module.replaced[version] = {leaf: value.to(like) for leaf, value in parameters.items()}
         for path, bias in adapter.lora_bias.items():
             self._adapted[path].bias_rows[version] = bias.to(self._adapted[path].base.weight)
+        self.nbytes = sum(module.a.nbytes + module.b.nbytes for module in self._adapted.values())
         return resident
 
     def _find_room(self, columns: int) -> int:
@@ -313,7 +329,9 @@ class MixedStep:
         every = _Rows(mask)
         some = _Rows(mask[sampled])
         if self._special:
-            owner = [choice.version if choice else "" for choice, n in zip(choices, lengths, strict=True) for _ in range(n)]
+            owner = [
+                choice.version if choice else "" for choice, n in zip(choices, lengths, strict=True) for _ in range(n)
+            ]
             chosen = [owner[row] for row in sampled.tolist()]
             for version in self._special:
                 every.rows_of[version] = torch.tensor([i for i, v in enumerate(owner) if v == version], device=device)

@@ -61,6 +61,11 @@ def merge(adapter: Adapter, choice: AdapterChoice, site_of: Callable[[str], Site
     return MergedWeights(merged)
 
 
+def merged_nbytes(adapter: Adapter, site_of: Callable[[str], Site]) -> int:
+    """Bytes that `merge` would hold, at most: every touched module's parameters."""
+    return sum(p.nbytes for path in touched_modules(adapter) for p in site_of(path).module.parameters(recurse=False))
+
+
 class MergedCache:
     """Least recently used merged weights are dropped when `capacity_bytes` would be passed."""
 
@@ -73,6 +78,9 @@ class MergedCache:
     def stats(self) -> CacheStats:
         """Counters since start."""
         return CacheStats(self._hits, self._misses, self._evictions, self._nbytes)
+
+    def __contains__(self, choice: AdapterChoice) -> bool:
+        return choice in self._entries
 
     def get(self, choice: AdapterChoice) -> MergedWeights | None:
         """The merged weights if they are held; counts a hit or a miss."""
