@@ -1,12 +1,12 @@
 """Every error the service raises on purpose. None knows HTTP: one table in app.py maps the tree to statuses.
 
-    ServiceError
-    ├── InvalidRequest        a request that can't be served as it stands; names the field, the value, what is legal
-    ├── UnknownAdapter        the request names an adapter that is not loaded
-    ├── QueueFull             the bounded queue of waiting requests is full
-    ├── Draining              the server is shutting down and takes no new requests
-    ├── EngineFailed          a step raised; the request is over, the engine goes on
-    └── ModelRefused          the base model can't be served; raised at start only, lists every reason
+ServiceError
+├── InvalidRequest        a request that can't be served as it stands; names the field, the value, what is legal
+├── UnknownAdapter        the request names an adapter that is not loaded
+├── QueueFull             the bounded queue of waiting requests is full
+├── Draining              the server is shutting down and takes no new requests
+├── EngineFailed          a step raised; the request is over, the engine goes on
+└── ModelRefused          the base model can't be served; raised at start only, lists every reason
 """
 
 from collections.abc import Sequence
