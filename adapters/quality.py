@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import InvalidAdapter
+from adapters.json_file import read_json
 
 QUALITY_FILE = "quality.json"
 """Name of the profile inside an adapter's folder, beside PEFT's two files."""
@@ -97,15 +98,7 @@ class QualityProfile:
         Raises:
             InvalidAdapter: the file can't be read, is too large, is not JSON, or `from_json` refuses its content.
         """
-        try:
-            with path.open("rb") as file:
-                raw = file.read(MAX_QUALITY_BYTES + 1)
-            if len(raw) > MAX_QUALITY_BYTES:
-                raise InvalidAdapter([f"{QUALITY_FILE}: larger than {MAX_QUALITY_BYTES} bytes"])
-            data = json.loads(raw)
-        except (OSError, ValueError, RecursionError) as error:
-            raise InvalidAdapter([f"{QUALITY_FILE}: not a readable JSON file ({type(error).__name__})"]) from error
-        return cls.from_json(data, r_max=r_max)
+        return cls.from_json(read_json(path, max_bytes=MAX_QUALITY_BYTES), r_max=r_max)
 
 
 def _metric(item: object, where: str, r_max: int, problems: list[str]) -> Metric:
