@@ -122,9 +122,7 @@ class Engine:
         )
         self._runner = Runner(loaded, cache)
         check_served_alike(loaded, self._runner, block_tokens=options.kv_block_tokens)
-        self._scheduler = Scheduler(
-            self._pool, max_running=options.max_running, max_batch_tokens=options.max_batch_tokens
-        )
+        self._scheduler = Scheduler(self._pool, max_running=options.max_running, max_batch_tokens=options.max_batch_tokens)
         self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings())
         self._merged = MergedCache(options.merged_cache_bytes)
         self._streak: tuple[AdapterChoice | None, int] = (None, 0)

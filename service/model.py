@@ -80,7 +80,8 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelRefused(shown, [f"it could not be loaded: {_first_line(error)}"]) from error
-    return prepare_model(model.to(device), tokenizer, name=shown, max_context_tokens=max_context_tokens)
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to is typed as a plain function
+    return prepare_model(model, tokenizer, name=shown, max_context_tokens=max_context_tokens)
 
 
 def prepare_model(
@@ -101,7 +102,7 @@ def prepare_model(
         reasons.append(f"max_context_tokens is {max_context_tokens}, its positions end at {limit}")
     if reasons:
         raise ModelRefused(name, reasons)
-    model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
     return LoadedModel(
         name=name,

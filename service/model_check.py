@@ -26,9 +26,7 @@ def check_served_alike(loaded: LoadedModel, runner: Runner, *, block_tokens: int
     length = min(9 + (window if window <= _LONGEST_WINDOW else 0), loaded.max_context_tokens)
     generator = torch.Generator().manual_seed(7)
     vocabulary = loaded.facts.vocab_size
-    first, second = (
-        torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (length, max(2, length - 3))
-    )
+    first, second = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (length, max(2, length - 3)))
     blocks = -(-length // block_tokens)
     held = [tuple(range(blocks)), tuple(range(blocks, 2 * blocks))]
     half = length // 2
