@@ -1,12 +1,14 @@
-"""Every error the service raises on purpose. None knows HTTP: one table in app.py maps the tree to statuses.
+"""Every error the service raises on purpose. None knows HTTP: one table, error_table.py, maps the tree to statuses.
 
-    ServiceError
-    ├── InvalidRequest        a request that can't be served as it stands; names the field, the value, what is legal
-    ├── UnknownAdapter        the request names an adapter that is not loaded
-    ├── QueueFull             the bounded queue of waiting requests is full
-    ├── Draining              the server is shutting down and takes no new requests
-    ├── EngineFailed          a step raised; the request is over, the engine goes on
-    └── ModelRefused          the base model can't be served; raised at start only, lists every reason
+ServiceError
+├── InvalidRequest        a request that can't be served as it stands; names the field, the value, what is legal
+├── UnknownAdapter        the request names an adapter that is not loaded
+├── AdapterUnfit          the request names an adapter that is stored but does not fit the base model
+├── NotReady              the server is still loading its adapters
+├── QueueFull             the bounded queue of waiting requests is full
+├── Draining              the server is shutting down and takes no new requests
+├── EngineFailed          a step raised; the request is over, the engine goes on
+└── ModelRefused          the base model can't be served; raised at start only, lists every reason
 """
 
 from collections.abc import Sequence
@@ -30,6 +32,21 @@ class UnknownAdapter(ServiceError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(f"no adapter named {name[:80]!r}")
+
+
+class AdapterUnfit(ServiceError):
+    """The request names an adapter that is stored but does not fit the base model. The message says why."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        self.name = name
+        super().__init__(f"adapter {name[:80]!r} can't be served with this base model: {problem}")
+
+
+class NotReady(ServiceError):
+    """The server is still loading its adapters."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is still loading its adapters; try again in a moment")
 
 
 class QueueFull(ServiceError):
