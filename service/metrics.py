@@ -40,9 +40,7 @@ class Metrics:
         by_rank = ("adapter", "rank")
         self._requests = self._counter("requests", "Requests ended.", (*by_rank, "mode", "outcome"))
         self._request_s = self._histogram("request_seconds", "From arrival to the last token.", by_rank, _SECONDS)
-        self._first_s = self._histogram(
-            "time_to_first_token_seconds", "From arrival to first token.", by_rank, _SECONDS
-        )
+        self._first_s = self._histogram("time_to_first_token_seconds", "From arrival to the first.", by_rank, _SECONDS)
         self._gap_s = self._histogram("inter_token_seconds", "Between tokens of a request.", by_rank, _FAST_SECONDS)
         self._queue_s = self._histogram("queue_seconds", "From arrival to the running batch.", (), _SECONDS)
         self._tokens = self._counter("tokens", "Tokens read (prompt) and made (generated).", ("kind",))
