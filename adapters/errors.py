@@ -1,14 +1,14 @@
 """Every error the library raises on purpose.
 
-    AdapterError
-    ├── InvalidAdapter        a checkpoint that can't be used; lists every offender
-    │   └── AdapterTooLarge   … because it exceeds a configured size limit
-    ├── InvalidName           an adapter name outside the legal pattern
-    ├── AdapterNotFound       no adapter of that name
-    ├── AdapterBusy           another upload of the same name is under way
-    ├── StoreFull             the store's limit on adapters or bytes is reached
-    ├── IllegalRank           a rank that the adapter does not have
-    └── DataError             training or evaluation data that can't be read
+AdapterError
+├── InvalidAdapter        a checkpoint that can't be used; lists every offender
+│   └── AdapterTooLarge   … because it exceeds a configured size limit
+├── InvalidName           an adapter name outside the legal pattern
+├── AdapterNotFound       no adapter of that name
+├── AdapterBusy           another upload of the same name is under way
+├── StoreFull             the store's limit on adapters or bytes is reached
+├── IllegalRank           a rank that the adapter does not have
+└── DataError             training or evaluation data that can't be read
 """
 
 from collections.abc import Sequence
