@@ -27,6 +27,7 @@ class ErrorKind:
 ERROR_TABLE: dict[type[Exception], ErrorKind] = {
     service_errors.ServiceError: ErrorKind(500, "generation"),
     service_errors.InvalidRequest: ErrorKind(422, "validation"),
+    service_errors.UnsupportedUpload: ErrorKind(415, "unsupported_media_type"),
     service_errors.UnknownAdapter: ErrorKind(404, "adapter_not_found"),
     service_errors.AdapterUnfit: ErrorKind(422, "adapter_unfit"),
     service_errors.NotReady: ErrorKind(503, "unavailable", retry_after_s=1),

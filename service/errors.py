@@ -26,6 +26,16 @@ class InvalidRequest(ServiceError):
         super().__init__(f"{field}: {message}")
 
 
+class UnsupportedUpload(ServiceError):
+    """An upload whose content type is neither multipart/form-data nor a zip."""
+
+    def __init__(self, content_type: str) -> None:
+        super().__init__(
+            f"content type {content_type[:80]!r} can't be read; send multipart/form-data with adapter_config.json and "
+            "adapter_model.safetensors, or application/zip with a zip of both"
+        )
+
+
 class UnknownAdapter(ServiceError):
     """The request names an adapter that is not loaded."""
 

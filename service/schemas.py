@@ -126,9 +126,9 @@ class GenerateRequest(BaseModel):
     )
 
     inputs: Text = Field(description="The prompt.")
-    parameters: Annotated[
-        GenerateParameters, BeforeValidator(lambda value: GenerateParameters() if value is None else value)
-    ] = Field(default_factory=lambda: GenerateParameters())
+    parameters: Annotated[GenerateParameters, BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=lambda: GenerateParameters.model_validate({})
+    )
 
 
 class CompatRequest(GenerateRequest):
@@ -144,7 +144,7 @@ class TokenOut(BaseModel):
     text: str
     logprob: float
     special: bool
-    skipped: bool = Field(False, description="Always false; LoRAX's client wants the field.")
+    skipped: bool = Field(default=False, description="Always false; LoRAX's client wants the field.")
 
 
 class StreamDetails(BaseModel):
@@ -158,7 +158,7 @@ class StreamDetails(BaseModel):
     adapter_id: str | None
     adapter_version: str | None
     rank: int = Field(description="0 for the base model.")
-    rank_reason: RankReason | None
+    rank_reason: RankReason
     rank_policy: str | None
     mode: Mode
 

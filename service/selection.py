@@ -12,8 +12,8 @@ RANK_HEADER = "x-lora-rank"
 POLICY_HEADER = "x-rank-policy"
 SLO_HEADERS = ("x-latency-slo-ms", "x-ttft-slo-ms", "x-itl-slo-ms")
 
-BASE_NAMES = ("", "__base_model__")
-"""What LoRAX's clients say for no adapter."""
+BASE_NAMES = ("", "base", "__base_model__")
+"""What stands for no adapter, here and in LoRAX."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ TERMINAL = (Finished, Aborted, Failed)
 
 
 class EventStream:
-    """The events of one submitted request, in order, ending with its terminal event.
+    """The events of one request, in order, ending with its terminal event. First `submit`, then read inside a block.
 
     Whoever leaves the block before that (an exception, a cancelled task, a client that went away) aborts the request,
     so that its place in the batch is free before the next step.
@@ -39,7 +39,6 @@ class EventStream:
         self._has_ended = False
 
     async def __aenter__(self) -> "EventStream":
-        self.submit()
         return self
 
     async def __aexit__(
