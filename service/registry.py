@@ -11,13 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from adapters.archive import pack_zip
-from adapters.store import AdapterStore, StoredAdapter, check_name
-
 from adapters.adapter import Adapter
+from adapters.archive import pack_zip
 from adapters.convert import export_rank
 from adapters.errors import AdapterBusy, AdapterError, InvalidName
 from adapters.quality import QualityProfile
+from adapters.store import AdapterStore
+from adapters.stored import StoredAdapter, check_name
 from service.core import AdapterChoice, EngineProtocol
 from service.errors import AdapterUnfit, NotReady, UnknownAdapter
 from service.rank_policy import RankFacts
