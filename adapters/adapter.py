@@ -35,12 +35,15 @@ class Adapter:
         config: kind, ranks, scale.
         modules: module path inside the base model (`model.layers.0.self_attn.q_proj`) to its factors. Every scale but
             `config.scale(rank)` is already folded into `b`.
-        lora_bias: module path to the bias [out_features] that LoRA's own B carries, scale folded in; added at every rank.
-        base_bias: module path to the value [out_features] that REPLACES the base module's bias (PEFT's `bias != "none"`).
+        lora_bias: module path to the bias [out_features] that LoRA's own B carries, scale folded in; added at every
+            rank.
+        base_bias: module path to the value [out_features] that REPLACES the base module's bias (PEFT's
+            `bias != "none"`).
         saved_modules: full parameter name in the base model (`lm_head.weight`) to the value that replaces it
             (PEFT's `modules_to_save`).
         quality: measured quality per rank, if it came with the adapter.
-        training: fields of the PEFT config that matter in training only (dropout, init, task_type, ...), kept for export.
+        training: fields of the PEFT config that matter in training only (dropout, init, task_type, ...), kept for
+            export.
     """
 
     config: AdapterConfig

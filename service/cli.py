@@ -1,7 +1,6 @@
 """The `dylora` command. Its options are the fields of Settings: one truth for names, defaults and help."""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,14 +8,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from adapters.errors import AdapterError
-from adapters.limits import CheckpointLimits
-from adapters.store import AdapterStore
-from service import demo, log, server
-from service.app import create_app
 from service.core import EngineObserver, EngineProtocol
 from service.errors import ModelRefused
-from service.metrics import Metrics
-from service.settings import DEMO_MODEL, Settings, SettingsError, variable
+from service.settings import Settings, SettingsError, variable
 from service.version import VERSION
 
 BAD_USAGE = 2
@@ -54,54 +48,14 @@ def main(argv: Sequence[str] | None = None, make_engine: EngineFactory | None = 
         if command == "settings":
             print(_settings_table(settings))
             return 0
-        return serve(settings, make_engine or _real_engine)
+        # Late, because it imports torch: help, settings and their errors should come at once.
+        from service import launch
+
+        return launch.serve(settings, make_engine or launch.real_engine)
     except (SettingsError, ModelRefused, AdapterError) as error:
         for line in str(error).splitlines():
             print(f"dylora: error: {line}", file=sys.stderr)
         return BAD_USAGE
-
-
-def serve(settings: Settings, make_engine: EngineFactory) -> int:
-    """Load the model, open the store, serve until a signal; the exit status.
-
-    Raises:
-        ModelRefused: the model can't be served.
-        SettingsError: the adapters' folder can't be used.
-        AdapterError: another process owns it.
-    """
-    log.configure(settings.log_level)
-    with _open_store(settings) as store:
-        metrics = Metrics(settings.metrics_max_adapters)
-        log.logger.info("%s", "loading model " + log.pairs(model=settings.model))
-        engine = make_engine(settings, metrics)
-        facts = log.pairs(parameters=engine.model.parameters, device=engine.model.device, dtype=engine.model.dtype)
-        log.logger.info("%s", "model loaded " + facts)
-        if settings.demo_adapters and settings.model == DEMO_MODEL:
-            demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
-        app = create_app(settings, engine, store, metrics)
-        try:
-            return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
-        finally:
-            engine.stop()
-
-
-def _open_store(settings: Settings) -> AdapterStore:
-    limits = CheckpointLimits(max_rank=settings.max_rank, max_bytes=settings.max_adapter_bytes)
-    try:
-        return AdapterStore(
-            settings.adapters_dir,
-            max_adapters=settings.max_adapters,
-            max_total_bytes=settings.max_store_bytes,
-            limits=limits,
-        )
-    except OSError as error:
-        raise SettingsError(f"adapters_dir ({variable('adapters_dir')}): {error}") from None
-
-
-def _real_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
-    # Late, because it imports torch: help, settings and their errors should come at once.
-    engine: EngineProtocol = importlib.import_module("service.engine").Engine.from_settings(settings, observer)
-    return engine
 
 
 def _parser() -> argparse.ArgumentParser:

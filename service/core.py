@@ -93,8 +93,8 @@ class Token:
     """One generated token.
 
     Attributes:
-        text: what this token adds to the text. "" while a multi-byte character is incomplete; the token that completes it
-            carries all of it. The texts of all tokens joined are the whole generated text.
+        text: what this token adds to the text. "" while a multi-byte character is incomplete; the token that completes
+            it carries all of it. The texts of all tokens joined are the whole generated text.
         logprob: natural logarithm of its probability under the model, before temperature and filters.
         special: an end-of-sequence or other control token, which is not part of the text.
     """

@@ -2,6 +2,7 @@
 
 ServiceError
 ├── InvalidRequest        a request that can't be served as it stands; names the field, the value, what is legal
+├── UnsupportedUpload     an upload that is neither multipart nor a zip
 ├── UnknownAdapter        the request names an adapter that is not loaded
 ├── AdapterUnfit          the request names an adapter that is stored but does not fit the base model
 ├── NotReady              the server is still loading its adapters

@@ -6,7 +6,7 @@ from threading import Event
 from service.core import EngineProtocol
 from service.errors import Draining
 from service.metrics import Metrics
-from service.rank_policy import PolicyBook
+from service.policies import PolicyBook
 from service.registry import AdapterRegistry
 from service.settings import Settings
 

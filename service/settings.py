@@ -8,11 +8,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from platformdirs import user_data_path
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.rank_policy import Policy, PolicyBook, PolicyKind
+from service.policies import Policy, PolicyBook, PolicyKind
 
 ENV_PREFIX = "DYLORA_"
 DEMO_MODEL = "demo"
@@ -68,7 +67,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
 
     adapters_dir: Path = Field(
-        default_factory=lambda: user_data_path("dylora") / "adapters",
+        default_factory=lambda: _user_data_folder() / "adapters",
         description="folder of the adapter store; created if absent",
     )
     demo_adapters: bool = Field(True, description="put the demo's adapters into an empty store (demo model only)")
@@ -152,6 +151,12 @@ class Settings(BaseSettings):
 
 
 _BUILT_IN = ("max", "quality", "budget")
+
+
+def _user_data_folder() -> Path:
+    """Where the XDG convention keeps what a user's programs must not lose."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "share") / "dylora"
 
 
 def variable(field: str) -> str:

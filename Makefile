@@ -1,0 +1,67 @@
+# The command table: what people type, what pre-commit runs and what CI runs are these lines. `make` alone lists them.
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/bash
+
+# Any Python from 3.11 on. Looked up only when the environment has to be made.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+# auto: the CPU build of torch unless `nvidia-smi -L` finds a GPU; cpu and gpu say so by hand.
+TORCH ?= auto
+# Arguments for `dylora serve`, pytest and the bench: `make serve ARGS="--port 9000"`.
+ARGS ?=
+# Test processes; each holds torch, so no more than four however many cores there are.
+TEST_WORKERS ?= auto
+
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST = $(BIN)/python -m pytest
+
+.PHONY: help setup serve test test-slow test-gpu check lint types format bench lock clean
+
+help: ## List the commands
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: $(READY) ## Make .venv with the pinned dependencies (done by every other command where needed)
+
+$(READY): pyproject.toml constraints.txt .ci/setup_env.py
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed and none was found: install it, or name it with" \
+		"'make PYTHON=/path/to/python3.11'." >&2; exit 1; }
+	@"$(PYTHON)" .ci/setup_env.py --torch=$(TORCH)
+
+serve: $(READY) ## Start the server with the built-in demo model and adapters
+	@exec $(BIN)/dylora serve $(ARGS)
+
+test: $(READY) ## Run the whole test suite, apart from what is marked slow or gpu
+	$(PYTEST) -n $(TEST_WORKERS) --maxprocesses 4 $(ARGS)
+
+test-slow: $(READY) ## Run the tests that take minutes
+	$(PYTEST) -m "slow and not gpu" --timeout 1800 $(ARGS)
+
+test-gpu: $(READY) ## Run the tests that need a CUDA device
+	$(PYTEST) -m gpu --timeout 1800 $(ARGS)
+
+check: lint types test ## All that must pass before a merge: lint, types, tests
+
+lint: $(READY) ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## Rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY) ## Check types, strictly
+	$(BIN)/mypy
+
+bench: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
+	@$(BIN)/python -m loadtests.throughput $(ARGS)
+
+lock: $(READY) ## Pin the newest versions that fit pyproject.toml into constraints.txt (torch by hand, there)
+	@"$(BIN)/python" .ci/setup_env.py --lock
+
+clean: ## Remove the environment and every cache in the checkout
+	rm -rf .venv .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

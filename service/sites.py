@@ -1,0 +1,73 @@
+"""The modules of a base model that an adapter can change, behind one shape convention."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class SiteKind(Enum):
+    """What an adapter may do to a module."""
+
+    LINEAR = auto()
+    """nn.Linear, or GPT-2's Conv1D, whose weight is transposed."""
+    EMBEDDING = auto()
+    OTHER = auto()
+    """Its parameters may be replaced (a bias of a norm), but it takes no low-rank update."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module of the base model and how to compute it with other parameters."""
+
+    path: str
+    module: nn.Module
+    kind: SiteKind
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored as [in, out]."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's own weight."""
+        return self.module.get_parameter("weight")
+
+    @property
+    def in_features(self) -> int:
+        """Length of the input vector; for an embedding, the number of tokens."""
+        return int(self.weight.shape[0 if self.is_transposed or self.kind is SiteKind.EMBEDDING else -1])
+
+    @property
+    def out_features(self) -> int:
+        """Length of the output vector."""
+        return int(self.weight.shape[-1 if self.is_transposed or self.kind is SiteKind.EMBEDDING else 0])
+
+    @property
+    def embed_scale(self) -> float:
+        """Factor that the module itself puts on an embedding (Gemma: sqrt(hidden size)); 1 for all others."""
+        return float(getattr(self.module, "embed_scale", 1.0))
+
+    def run(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The module's output with `parameters` in the place of its own of the same names."""
+        if type(self.module) is nn.Linear:  # the hot path of merged steps; the general way below costs 20 us a call
+            own = self.module
+            return nn.functional.linear(x, parameters.get("weight", own.weight), parameters.get("bias", own.bias))
+        result = torch.func.functional_call(self.module, dict(parameters), (x,))
+        assert isinstance(result, Tensor)
+        return result
+
+    def delta(self, update: Tensor) -> Tensor:
+        """`update` [out, in] in the layout of this module's weight."""
+        return update.T if self.is_transposed or self.kind is SiteKind.EMBEDDING else update
+
+
+def site_kind(module: nn.Module) -> SiteKind:
+    """What an adapter may do to `module`."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return SiteKind.LINEAR
+    return SiteKind.EMBEDDING if isinstance(module, nn.Embedding) else SiteKind.OTHER
