@@ -14,7 +14,7 @@ import errno
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,7 +147,14 @@ class AdapterStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def put(self, name: str, folder: Path, *, renest: bool = True) -> StoredAdapter:
+    def put(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        renest: bool = True,
+        check: Callable[[StoredAdapter, Adapter], None] | None = None,
+    ) -> StoredAdapter:
         """Validate an adapter's folder and make it the current version of a name. What is there already stays until then.
 
         Equal content under the same name changes nothing and returns what is there.
@@ -156,6 +163,8 @@ class AdapterStore:
             name: see `check_name`.
             folder: PEFT's two files, perhaps quality.json; only read.
             renest: rotate a plain LoRA into SVD order, so that it can be served at every rank.
+            check: called with what would be stored, before the name leads to it. What it raises stops the put, and the
+                store stays as it was: this is how a server refuses an adapter that does not fit its base model.
 
         Raises:
             InvalidName: the name is not legal.
@@ -173,6 +182,8 @@ class AdapterStore:
                 write_peft(adapter, staging)
                 stored = self._describe(name, staging, store_files.digest_folder(staging), datetime.now(UTC))
                 store_files.sync_folder(staging)
+                if check is not None:
+                    check(stored, adapter)
                 return self._commit(stored, staging)
 
     def delete(self, name: str) -> None:
