@@ -57,9 +57,7 @@ def _id(case: tuple[str, dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("case", WRITTEN_BY_PEFT, ids=_id)
-def test_stock_peft_computes_the_same_after_read_renest_and_write(
-    tmp_path: Path, case: tuple[str, dict[str, Any]]
-) -> None:
+def test_stock_peft_computes_the_same_after_read_renest_and_write(tmp_path: Path, case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     tokens = some_tokens()
     random_peft_adapter(kind, tmp_path / "original", **settings)

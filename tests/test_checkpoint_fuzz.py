@@ -35,9 +35,7 @@ json_values = st.recursive(
 config_fields = st.dictionaries(
     st.sampled_from(sorted({*READ_FIELDS, *IGNORED_FIELDS, *REFUSED_FIELDS, "dylora"})), json_values, max_size=4
 )
-blocks = st.fixed_dictionaries(
-    {"kind": json_values | st.just("dylora")}, optional={"alpha": json_values, "ranks": json_values}
-)
+blocks = st.fixed_dictionaries({"kind": json_values | st.just("dylora")}, optional={"alpha": json_values, "ranks": json_values})
 
 
 def read(config: bytes, tensors: bytes, quality: bytes | None = None) -> Adapter | None:

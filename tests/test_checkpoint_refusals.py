@@ -184,9 +184,7 @@ BAD_TENSORS: list[tuple[str, Tensors, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("tensors", "messages"), [case[1:] for case in BAD_TENSORS], ids=[case[0] for case in BAD_TENSORS]
-)
+@pytest.mark.parametrize(("tensors", "messages"), [case[1:] for case in BAD_TENSORS], ids=[case[0] for case in BAD_TENSORS])
 def test_bad_tensors_are_refused(tmp_path: Path, tensors: Tensors, messages: list[str]) -> None:
     with pytest.raises(InvalidAdapter) as caught:
         read_peft(write_folder(tmp_path, plain_config(), tensors))
