@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("adapters", "service")
 
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("nouns", ("errors", "core", "settings")),
-    ("bookkeeping", ("blocks", "latency_model", "rank_policy", "scheduler")),
-    ("tensors", ("columns", "kv_cache", "lora", "merged", "sampling", "text", "model_check")),
+    ("nouns", ("errors", "core")),
+    ("bookkeeping", ("rank_policy", "latency_model", "settings", "blocks", "scheduler")),
+    ("tensors", ("columns", "sites", "kv_cache", "lora", "merged", "sampling", "text", "model_check")),
     ("runner", ("runner",)),
     ("engine", ("engine", "fake_engine")),
-    ("around the engine", ("metrics", "registry", "stream")),
+    ("around the engine", ("error_table", "metrics", "registry", "stream")),
     ("routes", ("routes_adapters", "routes_generate", "routes_openai", "routes_ops")),
     ("app", ("app",)),
     ("server", ("server",)),
