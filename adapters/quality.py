@@ -1,12 +1,25 @@
-"""An adapter's measured quality at every rank: what a rank costs, in the metric of its own task."""
+"""An adapter's measured quality at every rank: what a rank costs, in the metric of its own task.
 
+The file, `quality.json` beside PEFT's two files::
+
+    {"metrics": [{"name": "rouge_l", "higher_is_better": true, "values": {"1": 0.41, "8": 0.47}}], "source": "E2E dev"}
+"""
+
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters.errors import InvalidAdapter
+from adapters.json_file import read_json
+
 QUALITY_FILE = "quality.json"
 """Name of the profile inside an adapter's folder, beside PEFT's two files."""
+
+MAX_QUALITY_BYTES = 1 << 20
+"""A profile is a few kilobytes; a file past this is not one, and is not read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,21 @@ class QualityProfile:
 
     def to_json(self) -> dict[str, Any]:
         """The content of quality.json."""
-        raise NotImplementedError
+        return {
+            "metrics": [
+                {
+                    "name": metric.name,
+                    "higher_is_better": metric.higher_is_better,
+                    "values": {str(rank): metric.values[rank] for rank in sorted(metric.values)},
+                }
+                for metric in self.metrics
+            ],
+            "source": self.source,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write `to_json` to a file."""
+        path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, data: object, *, r_max: int) -> "QualityProfile":
@@ -46,9 +73,76 @@ class QualityProfile:
         Raises:
             InvalidAdapter: not of the form that `to_json` writes, not finite, or a rank outside 1..r_max.
         """
-        raise NotImplementedError
+        problems: list[str] = []
+        fields = _object(data, "", {"metrics", "source"}, problems)
+        source = fields.get("source", "")
+        if not isinstance(source, str):
+            problems.append(_problem("source", "a string", source))
+        metrics: list[Metric] = []
+        listed = fields.get("metrics")
+        if isinstance(listed, list) and listed:
+            metrics = [_metric(item, f"metrics[{i}]", r_max, problems) for i, item in enumerate(listed)]
+            names = [metric.name for metric in metrics]
+            for name in sorted({name for name in names if names.count(name) > 1}):
+                problems.append(f"{QUALITY_FILE}: metrics: the name {name!r} appears more than once")
+        elif isinstance(data, dict):
+            problems.append(_problem("metrics", "a list of at least one metric", listed))
+        if problems:
+            raise InvalidAdapter(problems)
+        return cls(metrics=tuple(metrics), source=str(source))
 
     @classmethod
     def load(cls, path: Path, *, r_max: int) -> "QualityProfile":
-        """Read a quality.json file."""
-        raise NotImplementedError
+        """Read a quality.json file.
+
+        Raises:
+            InvalidAdapter: the file can't be read, is too large, is not JSON, or `from_json` refuses its content.
+        """
+        return cls.from_json(read_json(path, max_bytes=MAX_QUALITY_BYTES), r_max=r_max)
+
+
+def _metric(item: object, where: str, r_max: int, problems: list[str]) -> Metric:
+    fields = _object(item, where, {"name", "higher_is_better", "values"}, problems)
+    name = fields.get("name")
+    if not isinstance(name, str) or not name:
+        problems.append(_problem(f"{where}.name", "a non-empty string", name))
+    higher_is_better = fields.get("higher_is_better")
+    if not isinstance(higher_is_better, bool):
+        problems.append(_problem(f"{where}.higher_is_better", "true or false", higher_is_better))
+    listed = fields.get("values")
+    values: dict[int, float] = {}
+    if not isinstance(listed, dict) or not listed:
+        problems.append(_problem(f"{where}.values", "an object from rank to value, not empty", listed))
+        listed = {}
+    for key, value in listed.items():
+        # isdecimal also takes other scripts' digits, which int() reads: "٣" is not a key that to_json writes.
+        if not (
+            key.isascii() and key.isdecimal() and len(key) < 10 and key == str(int(key)) and 1 <= int(key) <= r_max
+        ):
+            problems.append(_problem(f"{where}.values", f"ranks 1..{r_max} as keys", key))
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+            problems.append(_problem(f"{where}.values.{key}", "a finite number", value))
+        else:
+            values[int(key)] = float(value)
+    return Metric(name=str(name), higher_is_better=bool(higher_is_better), values=values)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float's range
+        return False
+
+
+def _object(data: object, where: str, legal: set[str], problems: list[str]) -> dict[str, Any]:
+    """`data` if it is an object with only legal keys, else what is left of it, with the problems noted."""
+    if not isinstance(data, dict):
+        problems.append(_problem(where or "content", f"an object with the keys {', '.join(sorted(legal))}", data))
+        return {}
+    for key in sorted(set(data) - legal):
+        problems.append(f"{QUALITY_FILE}: {where}: unknown key {key[:60]!r}; legal: {', '.join(sorted(legal))}")
+    return data
+
+
+def _problem(where: str, legal: str, found: object) -> str:
+    return f"{QUALITY_FILE}: {where} must be {legal}, not {str(found)[:60]!r}"
