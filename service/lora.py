@@ -186,11 +186,19 @@ class LoraBank:
         replaced = {f"{path}.bias": bias for path, bias in adapter.base_bias.items()} | dict(adapter.saved_modules)
         for name, value in replaced.items():
             path, _, leaf = name.rpartition(".")
-            parameter = dict(self._originals[path].named_parameters(recurse=False)).get(leaf) if path in self._originals else None
+            parameter = (
+                dict(self._originals[path].named_parameters(recurse=False)).get(leaf)
+                if path in self._originals
+                else None
+            )
             if parameter is None:
                 yield f"{name}: the base model has no such parameter"
             elif parameter.shape != value.shape:
-                hint = "; a resized vocabulary needs a base model resized alike" if "embed" in name or "head" in name else ""
+                hint = (
+                    "; a resized vocabulary needs a base model resized alike"
+                    if "embed" in name or "head" in name
+                    else ""
+                )
                 yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
 
     def _place(self, version: str, adapter: Adapter) -> _Resident:
@@ -204,7 +212,9 @@ class LoraBank:
             if module.site.kind is SiteKind.OTHER:
                 continue
             columns = slice(resident.start, resident.end)
-            module.a[columns] = 0  # the former owner's numbers must not shine through modules that this one leaves alone
+            module.a[columns] = (
+                0  # the former owner's numbers must not shine through modules that this one leaves alone
+            )
             module.b[columns] = 0
             factors = adapter.modules.get(path)
             if factors is not None:
@@ -313,7 +323,9 @@ class MixedStep:
         every = _Rows(mask)
         some = _Rows(mask[sampled])
         if self._special:
-            owner = [choice.version if choice else "" for choice, n in zip(choices, lengths, strict=True) for _ in range(n)]
+            owner = [
+                choice.version if choice else "" for choice, n in zip(choices, lengths, strict=True) for _ in range(n)
+            ]
             chosen = [owner[row] for row in sampled.tolist()]
             for version in self._special:
                 every.rows_of[version] = torch.tensor([i for i, v in enumerate(owner) if v == version], device=device)
