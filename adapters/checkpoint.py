@@ -80,10 +80,7 @@ def _read_entries(folder: Path, limits: CheckpointLimits) -> list[TensorEntry]:
     pickles = sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLES) if folder.is_dir() else []
     if pickles:
         raise InvalidAdapter(
-            [
-                f"{name}: a pickle, which is never loaded since it can run code; save as {TENSORS_FILE}"
-                for name in pickles
-            ]
+            [f"{name}: a pickle, which is never loaded since it can run code; save as {TENSORS_FILE}" for name in pickles]
         )
     raise InvalidAdapter([f"{TENSORS_FILE}: missing"])
 
@@ -130,9 +127,7 @@ def _cross_check(fields: PeftFields, inventory: Inventory, problems: list[str]) 
         if targets is not None and not any(path == name or path.endswith("." + name) for name in targets):
             problems.append(f"{path}: has factors, but the config's target_modules does not name it")
     if inventory.lora_bias and not fields.lora_bias:
-        problems += [
-            f"{path}: has lora_B.bias, while the config says lora_bias is false" for path in inventory.lora_bias
-        ]
+        problems += [f"{path}: has lora_B.bias, while the config says lora_bias is false" for path in inventory.lora_bias]
     if _kind(fields) is AdapterKind.DYLORA:
         _cross_check_dylora(fields, inventory, problems)
 

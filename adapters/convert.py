@@ -57,17 +57,13 @@ def _svd_order(module: LowRank) -> LowRank:
     # An SVD leaves the sign of each pair open: make the entry of B that is largest in size positive.
     largest = b.gather(0, b.abs().argmax(dim=0, keepdim=True))  # [1, k]
     sign = torch.where(largest < 0, -1.0, 1.0).to(b.dtype)
-    return LowRank(
-        a=(a * sign.T).float().contiguous(), b=(b * sign).float().contiguous(), is_embedding=module.is_embedding
-    )
+    return LowRank(a=(a * sign.T).float().contiguous(), b=(b * sign).float().contiguous(), is_embedding=module.is_embedding)
 
 
 def _at_full_rank(profile: QualityProfile | None, r_max: int) -> QualityProfile | None:
     if profile is None:
         return None
-    metrics = tuple(
-        Metric(m.name, m.higher_is_better, {r_max: m.values[r_max]}) for m in profile.metrics if r_max in m.values
-    )
+    metrics = tuple(Metric(m.name, m.higher_is_better, {r_max: m.values[r_max]}) for m in profile.metrics if r_max in m.values)
     return QualityProfile(metrics, profile.source) if metrics else None
 
 

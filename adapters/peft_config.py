@@ -180,9 +180,7 @@ def _refuse_variants(content: Mapping[str, Any], problems: list[str]) -> None:
             "adapter (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
     elif lowered not in _HARMLESS_INITS:
-        problems.append(
-            f"{CONFIG_FILE}: init_lora_weights is {lowered[:40]!a}, of which it is not known what it changes"
-        )
+        problems.append(f"{CONFIG_FILE}: init_lora_weights is {lowered[:40]!a}, of which it is not known what it changes")
 
 
 def _is_off(name: str, value: object) -> bool:
@@ -197,9 +195,7 @@ def _parse_block(block: object, problems: list[str]) -> DyloraBlock | None:
     legal = {"kind", "alpha", "ranks", "rslora"}
     if not isinstance(block, dict) or set(block) - legal:
         found = f"the keys {sorted(set(block) - legal)}"[:120] if isinstance(block, dict) else str(block)[:40]
-        problems.append(
-            f"{CONFIG_FILE}: {BLOCK} must be an object with the keys kind, alpha, ranks, rslora; found {found!a}"
-        )
+        problems.append(f"{CONFIG_FILE}: {BLOCK} must be an object with the keys kind, alpha, ranks, rslora; found {found!a}")
         return None
     read = _Reader(block, problems, f"{BLOCK}.")
     kind = block.get("kind")

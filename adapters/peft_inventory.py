@@ -83,9 +83,7 @@ def _add_module(inventory: Inventory, path: str, found: dict[Part, TensorEntry],
         return
     a, b = found[names[0]], found[names[1]]
     if len(a.shape) != 2 or len(b.shape) != 2:
-        problems.append(
-            f"{path}: {names[0]} {_shape(a)} and {names[1]} {_shape(b)} must have two dimensions (no convolutions)"
-        )
+        problems.append(f"{path}: {names[0]} {_shape(a)} and {names[1]} {_shape(b)} must have two dimensions (no convolutions)")
         return
     if a.shape[0] != b.shape[1]:
         problems.append(f"{path}: {names[0]} {_shape(a)} and {names[1]} {_shape(b)} differ in rank")

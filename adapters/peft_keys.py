@@ -60,9 +60,7 @@ def parse_key(name: str) -> TensorKey:
     if any(piece.startswith("lora_") for piece in path.split(".")):
         return TensorKey(name, Part.UNKNOWN)
     # `classifier.modules_to_save.default.dense.weight` and `fc1.base_layer.bias` are how PEFT nests the base's own.
-    plain = (
-        path.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-    )
+    plain = path.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
     if match := _PARAMETER.fullmatch(plain):
         return TensorKey(match[1], Part.PARAMETER, match[2])
     return TensorKey(name, Part.UNKNOWN)

@@ -116,9 +116,7 @@ def _metric(item: object, where: str, r_max: int, problems: list[str]) -> Metric
         listed = {}
     for key, value in listed.items():
         # isdecimal also takes other scripts' digits, which int() reads: "٣" is not a key that to_json writes.
-        if not (
-            key.isascii() and key.isdecimal() and len(key) < 10 and key == str(int(key)) and 1 <= int(key) <= r_max
-        ):
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and key == str(int(key)) and 1 <= int(key) <= r_max):
             problems.append(_problem(f"{where}.values", f"ranks 1..{r_max} as keys", key))
         elif isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
             problems.append(_problem(f"{where}.values.{key}", "a finite number", value))

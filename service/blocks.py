@@ -13,9 +13,7 @@ class BlockPool:
             raise ValueError(f"need at least one block of at least one token, not {total} of {block_tokens}")
         self.total = total
         self.block_tokens = block_tokens
-        self._free = list(
-            range(total - 1, -1, -1)
-        )  # popped from the end: low ids first, so that memory is touched late
+        self._free = list(range(total - 1, -1, -1))  # popped from the end: low ids first, so that memory is touched late
 
     @property
     def free(self) -> int:

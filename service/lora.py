@@ -53,8 +53,8 @@ class AdaptedModule(nn.Module):
         super().__init__()
         self.base = site.module
         self.site = site
-        self.a = site.module.weight.new_zeros(0)  # [capacity, in]
-        self.b = site.module.weight.new_zeros(0)  # [capacity, out]
+        self.a = torch.empty(0)  # [capacity, in]
+        self.b = torch.empty(0)  # [capacity, out]
         self.bias_rows: dict[str, Tensor] = {}  # version -> [out], added to the output
         self.replaced: dict[str, dict[str, Tensor]] = {}  # version -> parameters that replace the base's own
         self.resize(capacity)
@@ -69,19 +69,24 @@ class AdaptedModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The base module's output with the step's adapters applied."""
         step = _step.get()
-        return self.base(x) if step is None else step.apply(self, x)  # type: ignore[no-any-return]
+        return self.run_base(x) if step is None else step.apply(self, x)
+
+    def run_base(self, x: Tensor) -> Tensor:
+        """The base module's own output."""
+        out: Tensor = self.base(x)
+        return out
 
     def resize(self, capacity: int) -> None:
         """Make room for `capacity` columns, keeping those held."""
-        if self.site.kind is SiteKind.OTHER:
-            return
-        weight = self.base.weight
-        for name, features in (("a", self.site.in_features), ("b", self.site.out_features)):
-            grown = torch.zeros(capacity, features, dtype=weight.dtype, device=weight.device)
-            held = getattr(self, name)
-            if held.numel():
-                grown[: held.shape[0]] = held
-            setattr(self, name, grown)
+        if self.site.kind is not SiteKind.OTHER:
+            self.a = self._grown(self.a, capacity, self.site.in_features)
+            self.b = self._grown(self.b, capacity, self.site.out_features)
+
+    def _grown(self, held: Tensor, capacity: int, features: int) -> Tensor:
+        grown = self.site.weight.new_zeros(capacity, features)
+        if held.numel():
+            grown[: held.shape[0]] = held
+        return grown
 
 
 @dataclass(eq=False)
@@ -108,21 +113,19 @@ class LoraBank:
     def __init__(self, model: nn.Module, token_embedding: nn.Module, *, columns: int = 256) -> None:
         self._model = model
         self._originals = dict(model.named_modules())  # as they were before any was adapted
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._token_embedding = token_embedding
         self._adapted: dict[str, AdaptedModule] = {}
         self._capacity = columns
         self._residents: dict[str, _Resident] = {}  # least recently acquired first
         self._active: ActiveColumns | None = None
+        self.nbytes = 0
+        """Bytes of all columns, used or not."""
 
     @property
     def resident(self) -> int:
         """Number of adapters that have columns."""
         return len(self._residents)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all columns, used or not."""
-        return sum(module.a.nbytes + module.b.nbytes for module in self._adapted.values())
 
     def check(self, adapter: Adapter) -> None:
         """Compare an adapter with the base model. Reads shapes only, so any thread may call it.
@@ -148,15 +151,24 @@ class LoraBank:
         """Count one user less."""
         self._residents[version].users -= 1
 
+    def is_used(self, version: str) -> bool:
+        """Whether an adapter has users."""
+        return version in self._residents and self._residents[version].users > 0
+
+    @property
+    def users(self) -> int:
+        """Users of all adapters."""
+        return sum(resident.users for resident in self._residents.values())
+
     def forget(self, version: str) -> None:
-        """Give up an adapter's columns, unless it is unknown or in use."""
-        resident = self._residents.get(version)
-        if resident is not None and resident.users == 0:
-            self._evict(resident)
+        """Give up the columns of an adapter without users, if it has any."""
+        if version in self._residents:
+            self._evict(self._residents[version])
 
     def step(self, choices: Sequence[AdapterChoice | None], lengths: Sequence[int], sampled: Tensor) -> "MixedStep":
         """Lay out a mixed step: run i of `lengths[i]` packed rows uses `choices[i]`; `sampled` are the rows whose logits
-        are computed."""
+        are computed.
+        """
         ranks: dict[str, int] = {}
         for choice in choices:
             if choice is not None:
@@ -187,18 +199,12 @@ class LoraBank:
         for name, value in replaced.items():
             path, _, leaf = name.rpartition(".")
             parameter = (
-                dict(self._originals[path].named_parameters(recurse=False)).get(leaf)
-                if path in self._originals
-                else None
+                dict(self._originals[path].named_parameters(recurse=False)).get(leaf) if path in self._originals else None
             )
             if parameter is None:
                 yield f"{name}: the base model has no such parameter"
             elif parameter.shape != value.shape:
-                hint = (
-                    "; a resized vocabulary needs a base model resized alike"
-                    if "embed" in name or "head" in name
-                    else ""
-                )
+                hint = "; a resized vocabulary needs a base model resized alike" if "embed" in name or "head" in name else ""
                 yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
 
     def _place(self, version: str, adapter: Adapter) -> _Resident:
@@ -212,20 +218,18 @@ class LoraBank:
             if module.site.kind is SiteKind.OTHER:
                 continue
             columns = slice(resident.start, resident.end)
-            module.a[columns] = (
-                0  # the former owner's numbers must not shine through modules that this one leaves alone
-            )
+            module.a[columns] = 0  # the former owner's numbers must not shine through modules that this one leaves alone
             module.b[columns] = 0
             factors = adapter.modules.get(path)
             if factors is not None:
                 module.a[resident.start : resident.start + factors.rank] = factors.a
                 module.b[resident.start : resident.start + factors.rank] = factors.b.T
-        for name, parameters in replaced_parameters(adapter).items():
-            module = self._adapted[name]
-            like = module.base.weight
-            module.replaced[version] = {leaf: value.to(like) for leaf, value in parameters.items()}
+        for path, parameters in replaced_parameters(adapter).items():
+            own = self._adapted[path].base
+            self._adapted[path].replaced[version] = {k: v.to(own.get_parameter(k)) for k, v in parameters.items()}
         for path, bias in adapter.lora_bias.items():
-            self._adapted[path].bias_rows[version] = bias.to(self._adapted[path].base.weight)
+            self._adapted[path].bias_rows[version] = bias.to(self._adapted[path].site.weight)
+        self.nbytes = sum(module.a.nbytes + module.b.nbytes for module in self._adapted.values())
         return resident
 
     def _find_room(self, columns: int) -> int:
@@ -323,9 +327,7 @@ class MixedStep:
         every = _Rows(mask)
         some = _Rows(mask[sampled])
         if self._special:
-            owner = [
-                choice.version if choice else "" for choice, n in zip(choices, lengths, strict=True) for _ in range(n)
-            ]
+            owner = [choice.version if choice else "" for choice, n in zip(choices, lengths, strict=True) for _ in range(n)]
             chosen = [owner[row] for row in sampled.tolist()]
             for version in self._special:
                 every.rows_of[version] = torch.tensor([i for i, v in enumerate(owner) if v == version], device=device)
@@ -335,7 +337,7 @@ class MixedStep:
 
     def apply(self, module: AdaptedModule, x: Tensor) -> Tensor:
         """The base's output plus each row's own update."""
-        out: Tensor = module.base(x)
+        out = module.run_base(x)
         targeted = module.site.path in self._targets
         if not (targeted or self._special):
             return out

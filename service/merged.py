@@ -28,8 +28,7 @@ class MergedWeights:
         """The module's output with merged weights: this is a whole step's way to run, see `lora.lora_step`."""
         merged = self.parameters.get(module.site.path)
         if merged is None:
-            out: Tensor = module.base(x)
-            return out
+            return module.run_base(x)
         return module.site.run(x, merged)
 
 
@@ -44,21 +43,25 @@ def merge(adapter: Adapter, choice: AdapterChoice, site_of: Callable[[str], Site
     for path in touched_modules(adapter):
         site = site_of(path)
         own = dict(site.module.named_parameters(recurse=False))
-        like = own["weight"]
-        parameters = {name: value.to(like) for name, value in replaced.get(path, {}).items()}
+        parameters = {name: value.to(own[name]) for name, value in replaced.get(path, {}).items()}
         factors = adapter.modules.get(path)
         if factors is not None:
-            a = factors.a[: choice.rank].to(like.device, torch.float32)  # [rank, in]
-            b = factors.b[:, : choice.rank].to(like.device, torch.float32)  # [out, rank]
-            base = site.delta(like.float())  # [out, in]
-            weight = torch.addmm(base, b, a, alpha=choice.scale)
-            parameters["weight"] = site.delta(weight).to(like.dtype).contiguous()
-        bias = adapter.lora_bias.get(path)
-        if bias is not None:
+            a = factors.a[: choice.rank].to(site.weight.device, torch.float32)  # [rank, in]
+            b = factors.b[:, : choice.rank].to(site.weight.device, torch.float32)  # [out, rank]
+            weight = torch.addmm(site.delta(site.weight.float()), b, a, alpha=choice.scale)  # [out, in]
+            parameters["weight"] = site.delta(weight).to(site.weight.dtype).contiguous()
+        lora_bias = adapter.lora_bias.get(path)
+        if lora_bias is not None:
             before = parameters.get("bias", own.get("bias"))
-            parameters["bias"] = bias.to(like) if before is None else before + bias.to(like)
+            added = lora_bias.to(site.weight)
+            parameters["bias"] = added if before is None else before + added
         merged[path] = parameters
     return MergedWeights(merged)
+
+
+def merged_nbytes(adapter: Adapter, site_of: Callable[[str], Site]) -> int:
+    """Bytes that `merge` would hold, at most: every touched module's parameters."""
+    return sum(p.nbytes for path in touched_modules(adapter) for p in site_of(path).module.parameters(recurse=False))
 
 
 class MergedCache:
@@ -73,6 +76,9 @@ class MergedCache:
     def stats(self) -> CacheStats:
         """Counters since start."""
         return CacheStats(self._hits, self._misses, self._evictions, self._nbytes)
+
+    def __contains__(self, choice: AdapterChoice) -> bool:
+        return choice in self._entries
 
     def get(self, choice: AdapterChoice) -> MergedWeights | None:
         """The merged weights if they are held; counts a hit or a miss."""

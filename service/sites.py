@@ -33,16 +33,19 @@ class Site:
         return isinstance(self.module, Conv1D)
 
     @property
+    def weight(self) -> Tensor:
+        """The module's own weight."""
+        return self.module.get_parameter("weight")
+
+    @property
     def in_features(self) -> int:
         """Length of the input vector; for an embedding, the number of tokens."""
-        weight = self.module.get_parameter("weight")
-        return int(weight.shape[0 if self.is_transposed or self.kind is SiteKind.EMBEDDING else -1])
+        return int(self.weight.shape[0 if self.is_transposed or self.kind is SiteKind.EMBEDDING else -1])
 
     @property
     def out_features(self) -> int:
         """Length of the output vector."""
-        weight = self.module.get_parameter("weight")
-        return int(weight.shape[-1 if self.is_transposed or self.kind is SiteKind.EMBEDDING else 0])
+        return int(self.weight.shape[-1 if self.is_transposed or self.kind is SiteKind.EMBEDDING else 0])
 
     @property
     def embed_scale(self) -> float:

@@ -1,0 +1,187 @@
+"""Loading a base model, and finding out whether packed rows can serve it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from service.core import ModelFacts
+from service.errors import ModelRefused
+from service.kv_cache import ATTENTION, AttentionCall, LayerShape, UnsupportedAttention, attention_step
+
+_DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings whose frequencies depend on the longest row of the batch: one request would change another's answer."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model ready to serve.
+
+    Attributes:
+        layers: its attention modules in the order they run, with their shapes.
+        eos_ids: tokens that end a generation.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: dict[nn.Module, LayerShape]
+    eos_ids: frozenset[int]
+    max_context_tokens: int
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What HTTP tells of it."""
+        config = self.model.config
+        return ModelFacts(
+            name=self.name,
+            model_type=config.model_type,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=str(self.model.device),
+            parameters=self.model.num_parameters(),
+            nbytes=sum(parameter.nbytes for parameter in self.model.parameters()),
+            vocab_size=config.get_text_config().vocab_size,
+            max_context_tokens=self.max_context_tokens,
+        )
+
+
+def load_model(
+    name: str,
+    *,
+    display_name: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    max_context_tokens: int | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer from a local folder or by hub name, and check that it can be served.
+
+    Only safetensors weights are read, and no code that comes with a model is run.
+
+    Raises:
+        ModelRefused: with every reason found.
+    """
+    shown = display_name or name
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        reasons = _config_reasons(config)
+        if reasons:
+            raise ModelRefused(shown, reasons)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise ModelRefused(shown, [f"it could not be loaded: {_first_line(error)}"]) from error
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to is typed as a plain function
+    return prepare_model(model, tokenizer, name=shown, max_context_tokens=max_context_tokens)
+
+
+def prepare_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    max_context_tokens: int | None = None,
+) -> LoadedModel:
+    """Check a model that is in memory and learn the shapes of its attention layers.
+
+    Raises:
+        ModelRefused: with every reason found.
+    """
+    reasons = _config_reasons(model.config)
+    limit = context_limit(model.config)
+    if max_context_tokens is not None and limit is not None and max_context_tokens > limit:
+        reasons.append(f"max_context_tokens is {max_context_tokens}, its positions end at {limit}")
+    if reasons:
+        raise ModelRefused(name, reasons)
+    model.train(False).requires_grad_(False)
+    model.set_attn_implementation(ATTENTION)
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        layers=_discover_layers(model, name),
+        eos_ids=_eos_ids(model, tokenizer),
+        max_context_tokens=max_context_tokens or limit or 4096,
+    )
+
+
+def context_limit(config: Any) -> int | None:
+    """Positions that the model knows, if its config says; None where it has no limit of its own."""
+    text = config.get_text_config()
+    for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _config_reasons(config: Any) -> list[str]:
+    reasons = []
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append("it is an encoder-decoder; only decoder-only causal language models are served")
+    architectures = getattr(config, "architectures", None) or []
+    if architectures and not any(
+        "CausalLM" in each or "LMHead" in each or "ConditionalGeneration" in each for each in architectures
+    ):
+        reasons.append(f"its architecture {', '.join(architectures)} is not a causal language model")
+    if getattr(config, "quantization_config", None) is not None:
+        reasons.append("its weights are quantised, which this version does not serve")
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    scalings = rope.values() if all(isinstance(value, dict) for value in rope.values()) and rope else [rope]
+    dynamic = sorted({str(each.get("rope_type")) for each in scalings} & _DYNAMIC_ROPE)
+    if dynamic:
+        reasons.append(f"its {', '.join(dynamic)} rotary embedding depends on the longest request in the batch")
+    return reasons
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    for given in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        if given is not None:
+            return frozenset(given if isinstance(given, list) else [given])
+    return frozenset()
+
+
+class _Discovery:
+    """Learns, during one forward pass, which attention layers run and with which shapes."""
+
+    def __init__(self) -> None:
+        self.layers: dict[nn.Module, LayerShape] = {}
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        self.layers[module] = LayerShape(call.key.shape[0], call.key.shape[-1], call.value.shape[-1])
+        heads, rows, _ = call.query.shape
+        return call.query.new_zeros(rows, heads, call.value.shape[-1])
+
+
+def _discover_layers(model: PreTrainedModel, name: str) -> dict[nn.Module, LayerShape]:
+    discovery = _Discovery()
+    ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode(), attention_step(discovery):
+            model(
+                input_ids=ids,
+                position_ids=torch.arange(3, device=model.device)[None],
+                use_cache=False,
+                logits_to_keep=torch.tensor([2], device=model.device),
+            )
+    except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise ModelRefused(name, [f"{type(model).__name__} can't run packed rows: {_first_line(error)}"]) from error
+    if not discovery.layers:
+        raise ModelRefused(
+            name, [f"{type(model).__name__} does not call its attention through transformers' AttentionInterface"]
+        )
+    return discovery.layers
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,76 @@
+"""Proof, at start, that packed rows give a model's own answers: better refused with a reason than served wrong."""
+
+import torch
+from torch import Tensor
+
+from service.errors import ModelRefused
+from service.kv_cache import ATTENTION, Span
+from service.model import LoadedModel
+from service.runner import Rows, Runner
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+"""Largest accepted norm of the difference over the norm of the reference."""
+_LONGEST_WINDOW = 64
+"""Sliding windows up to this length are checked by sequences that pass them; longer ones would slow every start."""
+
+
+def check_served_alike(loaded: LoadedModel, runner: Runner, *, block_tokens: int) -> None:
+    """Run two sequences packed, cut into chunks and beside each other, and compare with transformers' own forward pass.
+
+    Writes over the first blocks of the runner's cache, so call it before any request runs.
+
+    Raises:
+        ModelRefused: the logits differ by more than rounding explains.
+    """
+    window = getattr(loaded.model.config.get_text_config(), "sliding_window", None) or 0
+    length = min(9 + (window if window <= _LONGEST_WINDOW else 0), loaded.max_context_tokens)
+    generator = torch.Generator().manual_seed(7)
+    vocabulary = loaded.facts.vocab_size
+    first, second = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (length, max(2, length - 3)))
+    blocks = -(-length // block_tokens)
+    held = [tuple(range(blocks)), tuple(range(blocks, 2 * blocks))]
+    half = length // 2
+    try:
+        references = torch.stack([_reference(loaded, ids) for ids in (first, second)])
+        # The first half of one sequence; then its rest but one token beside the whole of the other; then the last token.
+        runner.logits(_rows([(first[:half], Span(0, half, held[0]))], runner), None)
+        chunk = (first[half:-1], Span(half, length - 1 - half, held[0]))
+        packed_second = runner.logits(_rows([chunk, (second, Span(0, len(second), held[1]))], runner), None)[1]
+        packed_first = runner.logits(_rows([(first[-1:], Span(length - 1, 1, held[0]))], runner), None)[0]
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise ModelRefused(loaded.name, [f"a trial of packed rows failed: {error}"]) from error
+    finally:
+        loaded.model.set_attn_implementation(ATTENTION)
+    packed = torch.stack([packed_first, packed_second])
+    difference = ((packed - references).norm(dim=-1) / references.norm(dim=-1)).max().item()
+    if not difference <= _TOLERANCE[loaded.model.dtype]:
+        raise ModelRefused(
+            loaded.name,
+            [
+                f"{type(loaded.model).__name__} gives other logits when rows of several requests are packed"
+                f" (relative difference {difference:.2g}): it mixes tokens outside its attention, or its attention needs"
+                " more than transformers' AttentionInterface passes on"
+            ],
+        )
+
+
+def _reference(loaded: LoadedModel, ids: list[int]) -> Tensor:
+    """transformers' own logits after the last of `ids`, [vocabulary]."""
+    loaded.model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        logits: Tensor = loaded.model(input_ids=torch.tensor([ids], device=loaded.model.device), use_cache=False).logits
+    loaded.model.set_attn_implementation(ATTENTION)
+    return logits[0, -1]
+
+
+def _rows(parts: list[tuple[list[int], Span]], runner: Runner) -> Rows:
+    """Rows whose last token of each part is sampled."""
+    ids = [token for tokens, _ in parts for token in tokens]
+    positions = [position for _, span in parts for position in range(span.start, span.end)]
+    ends = torch.tensor([span.length for _, span in parts]).cumsum(0) - 1
+    return Rows(
+        input_ids=torch.tensor([ids], device=runner.device),
+        position_ids=torch.tensor([positions], device=runner.device),
+        sampled=ends.to(runner.device),
+        spans=tuple(span for _, span in parts),
+    )
