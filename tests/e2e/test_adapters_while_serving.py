@@ -6,7 +6,7 @@ from adapters.checkpoint import read_peft
 from adapters.convert import export_rank, renest
 from tests.e2e.tiny_server import PROMPT, Client, in_background, stock_tokens
 
-LONG = 1200
+LONG = 400
 """Tokens of a request that is still running when the adapter under it changes."""
 
 

@@ -52,7 +52,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(model_folder: Path, tm
     settings = {**SMALL, "model": model_folder, "adapters_dir": tmp_path / "adapters", "drain_timeout_s": 30}
     with ServerProcess(settings, tmp_path / "log") as server, httpx.Client(base_url=server.url, timeout=60) as http:
         client = Client(http)
-        tokens = 800
+        tokens = 300
         alone = client.text(tokens=tokens)
         started, ends = threading.Barrier(3), []
 
