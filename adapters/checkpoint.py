@@ -6,6 +6,7 @@ Every refusal names every offender, over both files, so that one round is enough
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -21,7 +22,16 @@ from adapters.peft_writer import BLOCK, CONFIG_FILE, TENSORS_FILE, write_peft
 from adapters.quality import QUALITY_FILE, QualityProfile
 from adapters.safetensors_file import TensorEntry, load_tensors, read_header
 
-__all__ = ["CONFIG_FILE", "QUALITY_FILE", "TENSORS_FILE", "CheckpointLimits", "read_peft", "write_peft"]
+__all__ = [
+    "CONFIG_FILE",
+    "QUALITY_FILE",
+    "TENSORS_FILE",
+    "CheckpointLimits",
+    "Description",
+    "describe_peft",
+    "read_peft",
+    "write_peft",
+]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -38,18 +48,71 @@ def read_peft(folder: Path, *, limits: CheckpointLimits | None = None) -> Adapte
         AdapterTooLarge: the tensor file is over one of `limits`.
         InvalidAdapter: anything else that keeps it from being served, with all offenders.
     """
-    limits = limits or CheckpointLimits()
     problems: list[str] = []
+    found = _inspect(folder, limits or CheckpointLimits(), problems)
+    tensors: dict[str, Tensor] = {}
+    with _noting(problems):
+        tensors = load_tensors(folder / TENSORS_FILE, found.entries)
+    problems += [f"{name}: NaN or Inf" for name, tensor in sorted(tensors.items()) if not tensor.isfinite().all()]
+    if problems or found.fields is None or found.config is None:
+        raise InvalidAdapter(problems)
+    return _assemble(found.config, found.fields, found.inventory, tensors, found.quality)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint without its tensors.
+
+    Attributes:
+        config: kind, ranks, scale.
+        modules: paths of the adapted modules, sorted.
+        quality: the profile, if it has one.
+    """
+
+    config: AdapterConfig
+    modules: tuple[str, ...]
+    quality: QualityProfile | None
+
+
+def describe_peft(folder: Path, *, limits: CheckpointLimits | None = None) -> Description:
+    """What `read_peft` finds without reading the tensors: quick, but values that are NaN or Inf go unseen.
+
+    Raises:
+        AdapterTooLarge: the tensor file is over one of `limits`.
+        InvalidAdapter: anything else that keeps it from being served, with all offenders.
+    """
+    problems: list[str] = []
+    found = _inspect(folder, limits or CheckpointLimits(), problems)
+    if problems or found.config is None:
+        raise InvalidAdapter(problems)
+    return Description(found.config, tuple(sorted(found.inventory.modules)), found.quality)
+
+
+@dataclass(frozen=True)
+class _Inspection:
+    fields: PeftFields | None
+    entries: list[TensorEntry]
+    inventory: Inventory
+    config: AdapterConfig | None
+    quality: QualityProfile | None
+
+
+def _inspect(folder: Path, limits: CheckpointLimits, problems: list[str]) -> _Inspection:
+    """Everything but the tensors' values; what is wrong goes to `problems`, what is None could not be read."""
     fields: PeftFields | None = None
     with _noting(problems):
         fields = parse_config(read_json(folder / CONFIG_FILE, max_bytes=limits.max_config_bytes), problems)
     entries: list[TensorEntry] = []
+    inventory = Inventory()
     with _noting(problems):
         entries = _read_entries(folder, limits)
-    inventory, tensors = _read_tensors(folder, entries, fields, limits, problems)
+        inventory = take_inventory(entries, fields, problems)
     config: AdapterConfig | None = None
     quality: QualityProfile | None = None
     if inventory.modules:
+        for path, module in inventory.modules.items():
+            if module.rank > limits.max_rank:
+                problems.append(f"{path}: rank {module.rank}, the limit is {limits.max_rank}")
         if fields is not None:
             with _noting(problems):
                 _cross_check(fields, inventory, problems)
@@ -57,9 +120,7 @@ def read_peft(folder: Path, *, limits: CheckpointLimits | None = None) -> Adapte
         if (folder / QUALITY_FILE).exists():
             with _noting(problems):
                 quality = QualityProfile.load(folder / QUALITY_FILE, r_max=_r_max(inventory))
-    if problems or fields is None or config is None:
-        raise InvalidAdapter(problems)
-    return _assemble(config, fields, inventory, tensors, quality)
+    return _Inspection(fields, entries, inventory, config, quality)
 
 
 @contextmanager
@@ -83,29 +144,6 @@ def _read_entries(folder: Path, limits: CheckpointLimits) -> list[TensorEntry]:
             [f"{name}: a pickle, which is never loaded since it can run code; save as {TENSORS_FILE}" for name in pickles]
         )
     raise InvalidAdapter([f"{TENSORS_FILE}: missing"])
-
-
-def _read_tensors(
-    folder: Path,
-    entries: list[TensorEntry],
-    fields: PeftFields | None,
-    limits: CheckpointLimits,
-    problems: list[str],
-) -> tuple[Inventory, Mapping[str, Tensor]]:
-    """The tensors, and what they are for."""
-    if not entries:
-        if not problems:
-            problems.append(f"{TENSORS_FILE}: no tensors")
-        return Inventory(), {}
-    inventory = take_inventory(entries, fields, problems)
-    tensors: dict[str, Tensor] = {}
-    with _noting(problems):
-        tensors = load_tensors(folder / TENSORS_FILE, entries)
-    problems += [f"{name}: NaN or Inf" for name, tensor in sorted(tensors.items()) if not tensor.isfinite().all()]
-    for path, module in inventory.modules.items():
-        if module.rank > limits.max_rank:
-            problems.append(f"{path}: rank {module.rank}, the limit is {limits.max_rank}")
-    return inventory, tensors
 
 
 def _r_max(inventory: Inventory) -> int:

@@ -251,7 +251,7 @@ def _boolean(value: object) -> bool | None:
 def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) < 1e300 and math.isfinite(value) else None
+    return float(value) if abs(value) < 1e300 and math.isfinite(value) else None
 
 
 def _positive(value: object) -> float | None:

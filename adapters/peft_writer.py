@@ -43,10 +43,10 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
         problems = [line for line, m in zip(short, adapter.modules.values(), strict=True) if m.rank != config.r_max]
         if problems:
             raise InvalidAdapter(problems)
-        block = {"kind": "dylora", "alpha": config.alpha, "ranks": list(config.ranks), "rslora": config.rslora}
+        block = {"kind": "dylora", "alpha": _plain(config.alpha), "ranks": list(config.ranks), "rslora": config.rslora}
         write_checkpoint(adapter, folder, lora_alpha=config.alpha, use_rslora=config.rslora, block=block)
     elif config.kind is AdapterKind.RENESTED:
-        block = {"kind": "renested", "alpha": config.alpha, "ranks": list(config.ranks)}
+        block = {"kind": "renested", "alpha": _plain(config.alpha), "ranks": list(config.ranks)}
         write_checkpoint(adapter, folder, lora_alpha=None, use_rslora=False, block=block)
     else:
         write_checkpoint(adapter, folder, lora_alpha=None, use_rslora=False, block=None)

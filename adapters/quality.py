@@ -21,6 +21,11 @@ QUALITY_FILE = "quality.json"
 MAX_QUALITY_BYTES = 1 << 20
 """A profile is a few kilobytes; a file past this is not one, and is not read."""
 
+# Together these keep what `save` writes under MAX_QUALITY_BYTES: what was accepted once is read again.
+_MAX_METRICS = 32
+_MAX_NAME = 100
+_MAX_SOURCE = 1000
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -76,17 +81,17 @@ class QualityProfile:
         problems: list[str] = []
         fields = _object(data, "", {"metrics", "source"}, problems)
         source = fields.get("source", "")
-        if not isinstance(source, str):
-            problems.append(_problem("source", "a string", source))
+        if not _is_text(source, _MAX_SOURCE):
+            problems.append(_problem("source", f"a string of at most {_MAX_SOURCE} characters", source))
         metrics: list[Metric] = []
         listed = fields.get("metrics")
-        if isinstance(listed, list) and listed:
+        if isinstance(listed, list) and 1 <= len(listed) <= _MAX_METRICS:
             metrics = [_metric(item, f"metrics[{i}]", r_max, problems) for i, item in enumerate(listed)]
             names = [metric.name for metric in metrics]
             for name in sorted({name for name in names if names.count(name) > 1}):
-                problems.append(f"{QUALITY_FILE}: metrics: the name {name!r} appears more than once")
+                problems.append(f"{QUALITY_FILE}: metrics: the name {name!a} appears more than once")
         elif isinstance(data, dict):
-            problems.append(_problem("metrics", "a list of at least one metric", listed))
+            problems.append(_problem("metrics", f"a list of 1 to {_MAX_METRICS} metrics", listed))
         if problems:
             raise InvalidAdapter(problems)
         return cls(metrics=tuple(metrics), source=str(source))
@@ -104,8 +109,8 @@ class QualityProfile:
 def _metric(item: object, where: str, r_max: int, problems: list[str]) -> Metric:
     fields = _object(item, where, {"name", "higher_is_better", "values"}, problems)
     name = fields.get("name")
-    if not isinstance(name, str) or not name:
-        problems.append(_problem(f"{where}.name", "a non-empty string", name))
+    if not _is_text(name, _MAX_NAME) or not name:
+        problems.append(_problem(f"{where}.name", f"a string of 1 to {_MAX_NAME} characters", name))
     higher_is_better = fields.get("higher_is_better")
     if not isinstance(higher_is_better, bool):
         problems.append(_problem(f"{where}.higher_is_better", "true or false", higher_is_better))
@@ -132,15 +137,20 @@ def _is_finite(value: float) -> bool:
         return False
 
 
+def _is_text(value: object, max_length: int) -> bool:
+    # Half a surrogate pair is legal in JSON and in no encoding: it would fail later, in an answer.
+    return isinstance(value, str) and len(value) <= max_length and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def _object(data: object, where: str, legal: set[str], problems: list[str]) -> dict[str, Any]:
     """`data` if it is an object with only legal keys, else what is left of it, with the problems noted."""
     if not isinstance(data, dict):
         problems.append(_problem(where or "content", f"an object with the keys {', '.join(sorted(legal))}", data))
         return {}
     for key in sorted(set(data) - legal):
-        problems.append(f"{QUALITY_FILE}: {where}: unknown key {key[:60]!r}; legal: {', '.join(sorted(legal))}")
+        problems.append(f"{QUALITY_FILE}: {where}: unknown key {key[:60]!a}; legal: {', '.join(sorted(legal))}")
     return data
 
 
 def _problem(where: str, legal: str, found: object) -> str:
-    return f"{QUALITY_FILE}: {where} must be {legal}, not {str(found)[:60]!r}"
+    return f"{QUALITY_FILE}: {where} must be {legal}, not {str(found)[:60]!a}"

@@ -52,7 +52,7 @@ def load_model(
     *,
     display_name: str | None = None,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str = "cpu",
     max_context_tokens: int | None = None,
 ) -> LoadedModel:
@@ -73,7 +73,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
-            dtype=dtype,
+            dtype="auto" if dtype is None else dtype,
             attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,

@@ -4,12 +4,13 @@ The weights are drawn wide (standard deviation 0.3), so that greedy continuation
 between the two best tokens are rare: a test that compares tokens then compares numbers, not luck.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 VOCAB = 96
@@ -81,7 +82,9 @@ LINEAR_TARGETS: dict[str, tuple[str, ...]] = {
 def tiny_config(kind: str) -> PretrainedConfig:
     """The configuration of `tiny_model(kind)`."""
     # Special tokens inside the vocabulary, and none that ends a generation by chance.
-    return CONFIG_MAPPING[kind](**_CONFIGS[kind], bos_token_id=1, eos_token_id=None, pad_token_id=None)
+    special: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
+    config: PretrainedConfig = CONFIG_MAPPING[kind](**_CONFIGS[kind], **special)
+    return config
 
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
@@ -91,13 +94,17 @@ def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            tiny_config(kind), dtype=torch.float32
+        )
         # Biases and norm weights start as zeros and ones; move them, so that a lost or doubled one shows.
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
             assert torch.isfinite(parameter).all(), name
-    return model.eval().requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    return model
 
 
 def random_peft_adapter(
@@ -128,7 +135,8 @@ def random_peft_adapter(
     targets = target_modules if isinstance(target_modules, str) else list(target_modules or LINEAR_TARGETS[kind])
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "fan_in_fan_out": kind == "gpt2", **lora_config}
     config = LoraConfig(r=r, target_modules=targets, **settings)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on embeddings and layouts is not what a test is about
         torch.manual_seed(seed)
         wrapped = get_peft_model(tiny_model(kind), config)
         for name, parameter in wrapped.named_parameters():
@@ -136,5 +144,20 @@ def random_peft_adapter(
                 continue
             noise = std * torch.randn_like(parameter)
             parameter.data = noise if ".lora_" in name else parameter.data + noise
-    wrapped.to(dtype).save_pretrained(str(folder))
+        wrapped.to(dtype).save_pretrained(str(folder))
     return folder
+
+
+def stock_logits(kind: str, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """What stock PEFT computes with the adapter in `folder` on `tiny_model(kind)`; tokens [rows, length] to logits [.., VOCAB]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of our own block in the config, which it ignores
+        model = PeftModel.from_pretrained(tiny_model(kind), str(folder)).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens).logits
+    return logits
+
+
+def some_tokens(rows: int = 3, length: int = 10, seed: int = 0) -> torch.Tensor:
+    """Random tokens [rows, length] of the tiny models' vocabulary."""
+    return torch.randint(2, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,304 @@
+"""AdapterStore: adapters by name, each an immutable version named by the digest of its content.
+
+    root/
+    ├── lock                    held by the one process that owns the store
+    ├── versions/<digest>/      adapter_config.json, adapter_model.safetensors, perhaps quality.json; never changed
+    ├── names/<name>.json       {"version": digest, "created": UTC time}; replaced atomically
+    └── tmp/<random>/           uploads and versions on their way in or out; emptied at start
+
+A version is durable before its name points to it, and leaves after no name does. So whatever moment the process is killed
+at, each name leads to its old version or to its new one, whole.
+"""
+
+import errno
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from adapters import store_files
+from adapters.adapter import Adapter
+from adapters.checkpoint import describe_peft, read_peft, write_peft
+from adapters.config import AdapterKind
+from adapters.convert import renest as renest_adapter
+from adapters.errors import AdapterBusy, AdapterNotFound, InvalidAdapter, InvalidName, StoreFull
+from adapters.limits import CheckpointLimits
+from adapters.stored import LEGAL_NAMES, StoredAdapter, check_name, is_digest, read_name_file, version_folder
+
+__all__ = ["LEGAL_NAMES", "AdapterStore", "StoredAdapter", "check_name"]
+
+# What was accepted once stays readable when limits are lowered, and re-nesting makes half-precision files larger.
+_NO_LIMITS = CheckpointLimits(
+    max_rank=1 << 31, max_bytes=1 << 62, max_tensors=1 << 31, max_header_bytes=1 << 40, max_config_bytes=1 << 30
+)
+
+
+class AdapterStore:
+    """Adapters on disk, owned by one process and safe to share between its threads.
+
+    Args:
+        root: the store's folder; made if absent.
+        max_adapters: limit on the number of names.
+        max_total_bytes: limit on the stored files' bytes, each version counted once.
+        limits: bounds on each upload.
+
+    Raises:
+        AdapterError: another process owns the folder.
+    """
+
+    def __init__(self, root: Path, *, max_adapters: int, max_total_bytes: int, limits: CheckpointLimits | None = None) -> None:
+        self._max_adapters = max_adapters
+        self._max_total_bytes = max_total_bytes
+        self._limits = limits or CheckpointLimits()
+        self._root = root
+        self._versions, self._names, self._tmp = root / "versions", root / "names", root / "tmp"
+        for folder in (self._versions, self._names, self._tmp):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._owned = store_files.lock_folder(root)
+        self._guard = threading.RLock()  # of what follows
+        self._adapters: dict[str, StoredAdapter] = {}
+        self._broken: dict[str, InvalidAdapter] = {}
+        self._busy: set[str] = set()
+        try:
+            self._recover()
+        except BaseException:
+            self._owned.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the folder up for another process to own."""
+        self._owned.close()
+
+    @property
+    def limits(self) -> CheckpointLimits:
+        """Bounds on each upload."""
+        return self._limits
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the stored files, each version counted once."""
+        with self._guard:
+            return sum({stored.version: stored.nbytes for stored in self._adapters.values()}.values())
+
+    def list(self) -> tuple[StoredAdapter, ...]:
+        """All adapters by name, without those whose files were found damaged; see `broken`."""
+        with self._guard:
+            return tuple(self._adapters[name] for name in sorted(self._adapters))
+
+    @property
+    def broken(self) -> dict[str, InvalidAdapter]:
+        """Names whose files could not be read when the store was opened, with the reason. They can be put and deleted."""
+        with self._guard:
+            return dict(self._broken)
+
+    def get(self, name: str) -> StoredAdapter:
+        """The current version of a name.
+
+        Raises:
+            AdapterNotFound: there is none.
+            InvalidAdapter: its files are damaged.
+        """
+        with self._guard:
+            if name in self._broken:
+                raise self._broken[name]
+            if name not in self._adapters:
+                raise AdapterNotFound(name)
+            return self._adapters[name]
+
+    def load(self, stored: StoredAdapter) -> Adapter:
+        """Read a version's tensors, and check them against its digest.
+
+        Raises:
+            AdapterNotFound: the version was replaced or deleted meanwhile.
+            InvalidAdapter: the files changed since they were stored.
+        """
+        folder = version_folder(self._versions, stored.version)
+        try:
+            if store_files.digest_folder(folder) != stored.version:
+                raise InvalidAdapter([f"{stored.name}: the stored files do not match their digest {stored.version}"])
+            return read_peft(folder, limits=_NO_LIMITS)
+        except (OSError, InvalidAdapter):
+            if not folder.is_dir():
+                raise AdapterNotFound(f"{stored.name}@{stored.version}") from None
+            raise
+
+    @contextmanager
+    def new_upload(self) -> Iterator[Path]:
+        """An empty folder on the store's file system, removed at the end: where an upload is streamed to before `put`."""
+        folder = self._tmp / uuid.uuid4().hex
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def put(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        renest: bool = True,
+        check: Callable[[StoredAdapter, Adapter], None] | None = None,
+    ) -> StoredAdapter:
+        """Validate an adapter's folder and make it the current version of a name. What is there already stays until then.
+
+        Equal content under the same name changes nothing and returns what is there.
+
+        Args:
+            name: see `check_name`.
+            folder: PEFT's two files, perhaps quality.json; only read.
+            renest: rotate a plain LoRA into SVD order, so that it can be served at every rank.
+            check: called with what would be stored, before the name leads to it. What it raises stops the put, and the
+                store stays as it was: this is how a server refuses an adapter that does not fit its base model.
+
+        Raises:
+            InvalidName: the name is not legal.
+            AdapterBusy: another upload of this name is under way.
+            InvalidAdapter, AdapterTooLarge: see `read_peft`.
+            StoreFull: a limit of the store, or the disk, is reached.
+        """
+        check_name(name)
+        with self._writing(name):
+            self._check_count(name)
+            adapter = read_peft(folder, limits=self._limits)
+            if renest and adapter.config.kind is AdapterKind.LORA:
+                adapter = renest_adapter(adapter)
+            with _disk_full_as_store_full(), self.new_upload() as staging:
+                write_peft(adapter, staging)
+                stored = self._describe(name, staging, store_files.digest_folder(staging), datetime.now(UTC))
+                store_files.sync_folder(staging)
+                if check is not None:
+                    check(stored, adapter)
+                return self._commit(stored, staging)
+
+    def delete(self, name: str) -> None:
+        """Forget a name, and remove its version unless another name has the same.
+
+        Raises:
+            AdapterNotFound: there is no such name.
+            AdapterBusy: an upload of this name is under way.
+        """
+        with self._writing(name), self._guard:
+            if name not in self._adapters and name not in self._broken:
+                raise AdapterNotFound(name)
+            stored = self._adapters.pop(name, None)
+            self._broken.pop(name, None)
+            store_files.remove_file(self._name_file(name))
+            if stored is not None:
+                self._discard_unless_used(stored.version)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        with self._guard:
+            if name in self._busy:
+                raise AdapterBusy(name)
+            self._busy.add(name)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._busy.discard(name)
+
+    def _check_count(self, name: str) -> None:
+        with self._guard:
+            names = {*self._adapters, *self._broken, name}
+            if len(names) > self._max_adapters:
+                raise StoreFull(f"the store holds {len(names) - 1} adapters, the limit is {self._max_adapters}")
+
+    def _commit(self, stored: StoredAdapter, staging: Path) -> StoredAdapter:
+        """Move a durable version in and point its name to it."""
+        with self._guard:
+            old = self._adapters.get(stored.name)
+            if old is not None and old.version == stored.version and self._is_whole(stored.version):
+                return old
+            self._check_count(stored.name)
+            self._check_bytes(stored)
+            target = self._versions / stored.version
+            if target.exists() and not self._is_whole(stored.version):
+                store_files.discard_folder(target, self._tmp)
+            if not target.exists():
+                store_files.move_folder(staging, target)
+            content = {"version": stored.version, "created": stored.created.isoformat()}
+            store_files.replace_json(self._name_file(stored.name), content, self._tmp)
+            self._adapters[stored.name] = stored
+            self._broken.pop(stored.name, None)
+            if old is not None:
+                self._discard_unless_used(old.version)
+            return stored
+
+    def _check_bytes(self, stored: StoredAdapter) -> None:
+        after = {**self._adapters, stored.name: stored}
+        total = sum({item.version: item.nbytes for item in after.values()}.values())
+        if total > self._max_total_bytes:
+            raise StoreFull(f"the store would hold {total} bytes, the limit is {self._max_total_bytes}")
+
+    def _is_whole(self, version: str) -> bool:
+        folder = self._versions / version
+        try:
+            return folder.is_dir() and store_files.digest_folder(folder) == version
+        except OSError:
+            return False
+
+    def _discard_unless_used(self, version: str) -> None:
+        folder = self._versions / version
+        if folder.is_dir() and all(stored.version != version for stored in self._adapters.values()):
+            store_files.discard_folder(folder, self._tmp)
+
+    def _name_file(self, name: str) -> Path:
+        check_name(name)  # no path is ever built from a name that was not
+        return self._names / f"{name}.json"
+
+    def _recover(self) -> None:
+        """Read every name, and remove what a killed process left behind."""
+        store_files.clear_folder(self._tmp)
+        used: set[str] = set()
+        for path in sorted(self._names.glob("*.json")):
+            name = path.stem
+            try:
+                check_name(name)
+                version, created = read_name_file(path)
+                used.add(version)
+                self._adapters[name] = self._describe(name, self._versions / version, version, created)
+            except InvalidName:
+                continue  # not ours
+            except InvalidAdapter as error:
+                self._broken[name] = error
+        if self._broken:
+            return  # a damaged name file may be the only pointer to a version: remove nothing
+        for folder in self._versions.iterdir():
+            if is_digest(folder.name) and folder.name not in used:
+                store_files.discard_folder(folder, self._tmp)
+
+    def _describe(self, name: str, folder: Path, version: str, created: datetime) -> StoredAdapter:
+        """What is known of a stored folder without reading its tensors."""
+        description = describe_peft(folder, limits=_NO_LIMITS)
+        return StoredAdapter(
+            name=name,
+            version=version,
+            config=description.config,
+            targets=tuple(sorted({path.rpartition(".")[2] for path in description.modules})),
+            nbytes=store_files.folder_bytes(folder),
+            quality=description.quality,
+            created=created,
+        )
+
+
+@contextmanager
+def _disk_full_as_store_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFull("the disk is full") from error
+        raise

@@ -1,0 +1,60 @@
+"""The one place where errors become HTTP: each class of both trees has a status and a type in TGI's words.
+
+It stands below the routes, because a stream that fails midway reports the same type inside its last event.
+"""
+
+from dataclasses import dataclass
+
+from adapters import errors as adapter_errors
+from service import errors as service_errors
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """How a class of errors is answered.
+
+    Attributes:
+        status: the HTTP status.
+        type: `error_type` of the body; clients of TGI and LoRAX pick their exception class by it.
+        retry_after_s: seconds for the Retry-After header, where trying again makes sense.
+    """
+
+    status: int
+    type: str
+    retry_after_s: int | None = None
+
+
+ERROR_TABLE: dict[type[Exception], ErrorKind] = {
+    service_errors.ServiceError: ErrorKind(500, "generation"),
+    service_errors.InvalidRequest: ErrorKind(422, "validation"),
+    service_errors.UnsupportedUpload: ErrorKind(415, "unsupported_media_type"),
+    service_errors.UnknownAdapter: ErrorKind(404, "adapter_not_found"),
+    service_errors.AdapterUnfit: ErrorKind(422, "adapter_unfit"),
+    service_errors.NotReady: ErrorKind(503, "unavailable", retry_after_s=1),
+    service_errors.QueueFull: ErrorKind(503, "overloaded", retry_after_s=1),
+    service_errors.Draining: ErrorKind(503, "unavailable", retry_after_s=5),
+    service_errors.EngineFailed: ErrorKind(500, "generation"),
+    service_errors.ModelRefused: ErrorKind(500, "model_refused"),
+    adapter_errors.AdapterError: ErrorKind(500, "adapter"),
+    adapter_errors.InvalidAdapter: ErrorKind(422, "invalid_adapter"),
+    adapter_errors.AdapterTooLarge: ErrorKind(413, "too_large"),
+    adapter_errors.InvalidName: ErrorKind(422, "validation"),
+    adapter_errors.AdapterNotFound: ErrorKind(404, "adapter_not_found"),
+    adapter_errors.AdapterBusy: ErrorKind(409, "adapter_busy", retry_after_s=1),
+    adapter_errors.StoreFull: ErrorKind(507, "store_full"),
+    adapter_errors.IllegalRank: ErrorKind(422, "validation"),
+    adapter_errors.DataError: ErrorKind(422, "invalid_data"),
+}
+
+
+def kind_of(error: Exception) -> ErrorKind:
+    """The entry of the error's nearest listed ancestor; an error of neither tree is a bug of ours, and a 500."""
+    for cls in type(error).__mro__:
+        if issubclass(cls, Exception) and cls in ERROR_TABLE:
+            return ERROR_TABLE[cls]
+    return ErrorKind(500, "internal")
+
+
+def error_body(error: Exception) -> dict[str, str]:
+    """TGI's error body."""
+    return {"error": str(error), "error_type": kind_of(error).type}

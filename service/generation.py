@@ -1,0 +1,118 @@
+"""From a checked body to a request that the engine has taken. Knows no HTTP; every generating route comes here."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from anyio import CapacityLimiter, to_thread
+
+from service.core import GenerationRequest, SamplingParams
+from service.errors import InvalidRequest, UnknownAdapter
+from service.rank_policy import RankDecision, decide
+from service.registry import ServedAdapter
+from service.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
+from service.selection import Selection, select
+from service.services import Services
+from service.stream import EventStream
+from service.tracking import RequestTracker, TrackedRequest
+
+_SUBMIT_TRIES = 3
+"""How often a name is looked up again when its version was unloaded between look-up and submit."""
+
+_tokenizer_thread = CapacityLimiter(1)
+# Off the event loop, because a long prompt takes long; one at a time, because fast tokenizers are not re-entrant.
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A request that the engine has taken.
+
+    Attributes:
+        adapter: what serves it, None for the base model.
+        decision: its rank, None for the base model.
+        sampling: what the engine was told; its seed is drawn here unless given.
+    """
+
+    events: EventStream
+    sampling: SamplingParams
+    adapter: ServedAdapter | None
+    decision: RankDecision | None
+
+
+async def submit(services: Services, body: GenerateRequest, headers: Mapping[str, str], request_id: str) -> Submitted:
+    """Check, tokenise, choose the rank and hand over. Whoever gets the result must close its events.
+
+    Args:
+        headers: of the HTTP request, names in lower case.
+        request_id: as the client sees it; the engine gets an id of our own, which no client can repeat.
+
+    Raises:
+        InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
+        NotReady, QueueFull, Draining: not now.
+    """
+    services.check_accepting()
+    parameters = body.parameters
+    selection = select(parameters.adapter_id, parameters.rank, parameters.rank_policy, headers)
+    _choose(services, selection)  # a wrong name or rank is told before a long prompt is tokenised
+    prompt_ids = await to_thread.run_sync(services.engine.encode, body.inputs, limiter=_tokenizer_thread)
+    prompt_ids = prompt_ids[-parameters.truncate :] if parameters.truncate else prompt_ids
+    sampling = _sampling(services, parameters, len(prompt_ids))
+    for attempt in range(1, _SUBMIT_TRIES + 1):
+        adapter, decision = _choose(services, selection)
+        request = GenerationRequest(
+            request_id=secrets.token_hex(8),
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            adapter=adapter.choice(decision.rank) if adapter and decision else None,
+        )
+        rank = decision.rank if decision else 0
+        tracked = TrackedRequest(request_id, adapter.name if adapter else None, rank, len(prompt_ids))
+        events = EventStream(services.engine, request, RequestTracker(services.metrics, tracked).on_event)
+        try:
+            events.submit()
+        except UnknownAdapter:
+            if attempt == _SUBMIT_TRIES or adapter is None:
+                raise UnknownAdapter(selection.adapter or "") from None
+            continue
+        break
+    if decision is not None:
+        services.metrics.decided(decision)
+    return Submitted(events, sampling, adapter, decision)
+
+
+def _choose(services: Services, selection: Selection) -> tuple[ServedAdapter | None, RankDecision | None]:
+    if selection.adapter is None:
+        return None, None
+    adapter = services.registry.resolve(selection.adapter)
+    return adapter, decide(selection.rank, selection.policy, adapter.facts, services.policies)
+
+
+def _sampling(services: Services, parameters: GenerateParameters, prompt_tokens: int) -> SamplingParams:
+    if not prompt_tokens:
+        raise InvalidRequest("inputs", "holds no token for this model; give some text")
+    new_tokens = parameters.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    limit = services.settings.max_new_tokens_limit
+    if limit is not None and new_tokens > limit:
+        if parameters.max_new_tokens is not None:
+            raise InvalidRequest("max_new_tokens", f"{new_tokens} is above this server's limit; legal: 1 to {limit}")
+        new_tokens = limit
+    context = services.engine.model.max_context_tokens
+    if prompt_tokens + new_tokens > context:
+        raise InvalidRequest(
+            "inputs",
+            f"{prompt_tokens} prompt tokens and max_new_tokens {new_tokens} make {prompt_tokens + new_tokens}, above "
+            f"the context of {context} tokens; shorten the prompt, lower max_new_tokens, or set truncate to at most "
+            f"{max(context - new_tokens, 1)}",
+        )
+    do_sample = parameters.is_sampling
+    temperature = parameters.temperature
+    return SamplingParams(
+        max_new_tokens=new_tokens,
+        do_sample=do_sample,
+        temperature=temperature if do_sample and temperature is not None else 1.0,
+        top_k=parameters.top_k,
+        top_p=1.0 if parameters.top_p is None else parameters.top_p,
+        seed=secrets.randbits(63) if parameters.seed is None else parameters.seed,
+        stop=tuple(parameters.stop),
+        ignore_eos=parameters.ignore_eos_token,
+    )

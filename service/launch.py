@@ -1,0 +1,99 @@
+"""Puts a server together from its settings, and runs it."""
+
+from collections.abc import Callable
+
+import torch
+
+from adapters.limits import CheckpointLimits
+from adapters.store import AdapterStore
+from service import demo, log, server
+from service.app import create_app
+from service.core import EngineObserver, EngineProtocol
+from service.engine import Engine, EngineOptions
+from service.metrics import Metrics
+from service.model import load_model
+from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
+
+EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
+
+
+def serve(settings: Settings, make_engine: EngineFactory) -> int:
+    """Load the model, open the store, serve until a signal; the exit status.
+
+    Raises:
+        ModelRefused: the model can't be served.
+        SettingsError: the adapters' folder can't be used.
+        AdapterError: another process owns it.
+    """
+    log.configure(settings.log_level)
+    with _open_store(settings) as store:
+        metrics = Metrics(settings.metrics_max_adapters)
+        log.logger.info("%s", "loading model " + log.pairs(model=settings.model))
+        engine = make_engine(settings, metrics)
+        facts = log.pairs(parameters=engine.model.parameters, device=engine.model.device, dtype=engine.model.dtype)
+        log.logger.info("%s", "model loaded " + facts)
+        if settings.demo_adapters and settings.model == DEMO_MODEL:
+            demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
+        app = create_app(settings, engine, store, metrics)
+        try:
+            return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
+        finally:
+            engine.stop()
+
+
+def _open_store(settings: Settings) -> AdapterStore:
+    limits = CheckpointLimits(max_rank=settings.max_rank, max_bytes=settings.max_adapter_bytes)
+    try:
+        return AdapterStore(
+            settings.adapters_dir,
+            max_adapters=settings.max_adapters,
+            max_total_bytes=settings.max_store_bytes,
+            limits=limits,
+        )
+    except OSError as error:
+        raise SettingsError(f"adapters_dir ({variable('adapters_dir')}): {error}") from None
+
+
+def real_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
+    """The engine that runs the settings' model.
+
+    Raises:
+        ModelRefused: the model can't be served.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    loaded = load_model(
+        str(demo.demo_model_folder()) if settings.model == DEMO_MODEL else settings.model,
+        display_name=settings.model,
+        revision=settings.revision,
+        dtype=_dtype(settings.dtype, device),
+        device=device,
+        max_context_tokens=settings.max_context_tokens,
+    )
+    options = EngineOptions(
+        max_running=settings.max_running_requests,
+        max_waiting=settings.max_waiting_requests,
+        max_batch_tokens=settings.max_batch_tokens,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        kv_block_tokens=settings.kv_block_tokens,
+        merged_cache_bytes=settings.merged_cache_bytes,
+        merge_after_steps=settings.merge_after_steps,
+    )
+    return Engine(loaded, options, observer)
+
+
+def _device(wanted: Device) -> str:
+    if wanted is Device.AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted is Device.CUDA and not torch.cuda.is_available():
+        raise SettingsError(f"device ({variable('device')}): 'cuda' is not legal here: torch finds no GPU")
+    return wanted.value
+
+
+def _dtype(wanted: Dtype, device: str) -> torch.dtype | None:
+    """None stands for the model's own."""
+    if wanted is Dtype.AUTO:
+        return torch.float32 if device == "cpu" else None
+    dtype: torch.dtype = getattr(torch, wanted.value)
+    return dtype

@@ -1,0 +1,82 @@
+"""The rules by which a server may choose a rank, as its configuration names them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from service.errors import InvalidRequest
+
+
+class PolicyKind(StrEnum):
+    """The rules by which a rank can be chosen."""
+
+    FIXED = "fixed"
+    """Always `rank`, or the nearest below it that the adapter has."""
+    MAX = "max"
+    """The adapter's largest rank."""
+    QUALITY = "quality"
+    """The smallest rank whose measured quality is within `tolerance` of the best."""
+    BUDGET = "budget"
+    """The largest rank whose adapter work per token stays under `share` of the base model's."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One named rule, as the server's configuration states it.
+
+    Attributes:
+        rank: the rank of a fixed policy, at least 1.
+        tolerance: relative loss of the primary metric that a quality policy accepts; 0.01 is one percent.
+        share: adapter parameters at the rank over base parameters, the bound of a budget policy.
+        floor: no smaller rank is chosen where the adapter has a larger one.
+        ceiling: no larger rank is chosen where the adapter has a smaller one; None for no bound.
+    """
+
+    kind: PolicyKind
+    rank: int | None = None
+    tolerance: float = 0.01
+    share: float = 0.05
+    floor: int = 1
+    ceiling: int | None = None
+
+    # Read by pydantic where a policy comes from JSON: a misspelt key must not be dropped.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if (self.rank is not None) != (self.kind is PolicyKind.FIXED):
+            raise ValueError("rank must be given for kind 'fixed', and only there")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be from 0 to below 1, not {self.tolerance}")
+        if not self.share > 0:
+            raise ValueError(f"share must be above 0, not {self.share}")
+        if self.floor < 1:
+            raise ValueError(f"floor must be at least 1, not {self.floor}")
+        if self.ceiling is not None and self.ceiling < self.floor:
+            raise ValueError(f"ceiling must be at least the floor {self.floor}, not {self.ceiling}")
+
+
+@dataclass(frozen=True)
+class PolicyBook:
+    """All policies by name, and the one that serves where a request leaves the choice open."""
+
+    policies: Mapping[str, Policy]
+    default: str
+
+    def __post_init__(self) -> None:
+        if self.default not in self.policies:
+            raise ValueError(f"{self.default!r} is no policy; legal: {', '.join(sorted(self.policies))}")
+
+    def get(self, name: str) -> Policy:
+        """The policy of that name.
+
+        Raises:
+            InvalidRequest: there is none; the legal names are listed.
+        """
+        try:
+            return self.policies[name]
+        except KeyError:
+            legal = ", ".join(sorted(self.policies))
+            raise InvalidRequest("rank_policy", f"no policy named {name[:80]!r}; legal: {legal}") from None

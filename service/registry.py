@@ -1,0 +1,294 @@
+"""Names to adapters: keeps the store on disk and the engine in step, and answers which adapter serves a name."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from adapters.adapter import Adapter
+from adapters.archive import pack_zip
+from adapters.convert import export_rank
+from adapters.errors import AdapterBusy, AdapterError, InvalidName
+from adapters.quality import QualityProfile
+from adapters.store import AdapterStore
+from adapters.stored import StoredAdapter, check_name
+from service.core import AdapterChoice, EngineProtocol
+from service.errors import AdapterUnfit, NotReady, UnknownAdapter
+from service.rank_policy import RankFacts
+
+RESERVED_NAMES = ("other",)
+"""A value of metric labels, which an adapter of that name would be confused with; the store reserves "base" itself."""
+
+
+class AdapterState(StrEnum):
+    """Whether a stored adapter can be served."""
+
+    READY = "ready"
+    UNFIT = "unfit"
+    """Stored, but it does not fit the base model, or its files no longer read; `problem` says why."""
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """A stored adapter and how it stands with this engine.
+
+    Attributes:
+        stored: None where its files could not even be described.
+        facts: what rank policies need of it.
+        problem: why it is unfit, None when it is ready.
+    """
+
+    name: str
+    stored: StoredAdapter | None
+    state: AdapterState
+    facts: RankFacts
+    problem: str | None = None
+
+    @property
+    def version(self) -> str:
+        """Digest of its content; "" where that is not known."""
+        return self.stored.version if self.stored else ""
+
+    def choice(self, rank: int) -> AdapterChoice:
+        """What the engine is told.
+
+        Raises:
+            AdapterUnfit: there is nothing to serve.
+            IllegalRank: the adapter does not have this rank.
+        """
+        if self.stored is None:
+            raise AdapterUnfit(self.name, self.problem or "its files can't be read")
+        return AdapterChoice(self.version, rank, self.stored.config.scale(rank))
+
+
+class RegistryObserver(Protocol):
+    """Is told what is served. Metrics implements it."""
+
+    def adapter_loaded(self, name: str, quality: QualityProfile | None, seconds: float) -> None:
+        """An adapter is served under this name, perhaps instead of another version."""
+
+    def adapter_deleted(self, name: str) -> None:
+        """The name is gone."""
+
+
+@dataclass
+class _Writing:
+    """Names with a write under way."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    names: set[str] = field(default_factory=set)
+
+
+class AdapterRegistry:
+    """The adapters that requests can name. Reads never wait; writes are made one after another.
+
+    Two names may hold the same content: the engine keeps a version as long as any name has it. A request in flight
+    keeps the version it was submitted with, whatever happens to its name.
+    """
+
+    def __init__(self, store: AdapterStore, engine: EngineProtocol, observer: RegistryObserver) -> None:
+        self._store = store
+        self._engine = engine
+        self._observer = observer
+        self._served: Mapping[str, ServedAdapter] = MappingProxyType({})
+        self._change = threading.Lock()
+        self._writing = _Writing()
+        self._is_loaded = threading.Event()
+
+    # Reads
+
+    def resolve(self, name: str) -> ServedAdapter:
+        """The adapter that serves a name now.
+
+        Raises:
+            UnknownAdapter: there is none.
+            AdapterUnfit: it does not fit the base model.
+            NotReady: not found, but the store is still being loaded.
+        """
+        served = self._served.get(name)
+        if served is None:
+            raise UnknownAdapter(name) if self.is_loaded else NotReady()
+        if served.problem is not None:
+            raise AdapterUnfit(name, served.problem)
+        return served
+
+    def get(self, name: str) -> ServedAdapter:
+        """The entry of a name, fit or not. Raises UnknownAdapter."""
+        if name not in self._served:
+            raise UnknownAdapter(name) if self.is_loaded else NotReady()
+        return self._served[name]
+
+    def list(self) -> tuple[ServedAdapter, ...]:
+        """All entries by name."""
+        served = self._served
+        return tuple(served[name] for name in sorted(served))
+
+    def counts(self) -> dict[str, int]:
+        """Number of adapters by state."""
+        found = Counter(served.state for served in self._served.values())
+        return {state.value: found[state] for state in AdapterState}
+
+    @property
+    def is_loaded(self) -> bool:
+        """Everything that was stored at start has been loaded or found unfit."""
+        return self._is_loaded.is_set()
+
+    def wait_loaded(self, timeout_s: float) -> bool:
+        """Block until `is_loaded`; False if that took too long."""
+        return self._is_loaded.wait(timeout_s)
+
+    # Writes
+
+    def load_all(self, progress: Callable[[ServedAdapter, int, int], None] | None = None) -> None:
+        """Load everything in the store. An adapter that doesn't fit is kept and listed as unfit.
+
+        Args:
+            progress: told of each adapter, how many are done, and of how many.
+        """
+        with self._change:
+            for name, error in self._store.broken.items():
+                self._serve(ServedAdapter(name, None, AdapterState.UNFIT, RankFacts(()), str(error)))
+        stored = self._store.list()
+        for done, each in enumerate(stored, start=1):
+            with self._change:
+                served = self._load_stored(each)
+                self._serve(served)
+            if progress is not None:
+                progress(served, done, len(stored))
+        self._is_loaded.set()
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Claim a name for one upload or deletion, from its first byte on.
+
+        Raises:
+            InvalidName: not a legal name.
+            AdapterBusy: another one is under way.
+            NotReady: the store is still being loaded.
+        """
+        _check_name(name)
+        if not self.is_loaded:
+            raise NotReady
+        with self._writing.lock:
+            if name in self._writing.names:
+                raise AdapterBusy(name)
+            self._writing.names.add(name)
+        try:
+            yield
+        finally:
+            with self._writing.lock:
+                self._writing.names.discard(name)
+
+    def put(self, name: str, folder: Path, *, renest: bool = True) -> tuple[ServedAdapter, bool]:
+        """Store and serve what lies in a folder; True beside it if the name is new. Call inside `writing`.
+
+        The engine takes the adapter before the store commits: if either refuses, the old version stays in both.
+
+        Raises:
+            InvalidAdapter: it can't be read, or does not fit the base model.
+            StoreFull, AdapterBusy: as AdapterStore.put.
+        """
+        taken: list[ServedAdapter] = []
+        seconds = 0.0
+
+        def take(stored: StoredAdapter, adapter: Adapter) -> None:
+            nonlocal seconds
+            started_at = time.perf_counter()
+            self._engine.load(stored.version, adapter)
+            seconds = time.perf_counter() - started_at
+            taken.append(ServedAdapter(name, stored, AdapterState.READY, self._facts(stored, adapter)))
+
+        with self._change:
+            is_new = name not in self._served
+            try:
+                stored = self._store.put(name, folder, renest=renest, check=take)
+            except BaseException:
+                for each in taken:
+                    self._unload_unless_named(each.version)
+                raise
+            served = replace(taken[-1], stored=stored)
+            self._serve(served)
+            self._observer.adapter_loaded(name, stored.quality, seconds)
+        return served, is_new
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter; requests in flight keep it until they end. Call inside `writing`.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+        """
+        with self._change:
+            gone = self.get(name)
+            self._store.delete(name)
+            self._served = MappingProxyType({n: s for n, s in self._served.items() if n != name})
+            self._unload_unless_named(gone.version)
+            self._observer.adapter_deleted(name)
+
+    def new_upload(self) -> AbstractContextManager[Path]:
+        """An empty folder for an upload or an export, removed at the end of the block."""
+        return self._store.new_upload()
+
+    def export(self, name: str, rank: int | None, scratch: Path) -> tuple[Path, int]:
+        """Write a zip with a PEFT checkpoint of one rank, the largest if None; its path and rank.
+
+        Args:
+            scratch: an empty folder, as `new_upload` gives.
+
+        Raises:
+            UnknownAdapter, AdapterUnfit: nothing to export.
+            IllegalRank: the adapter does not have this rank.
+        """
+        served = self.get(name)
+        if served.stored is None:
+            raise AdapterUnfit(name, served.problem or "its files can't be read")
+        rank = served.stored.config.r_max if rank is None else rank
+        served.stored.config.check_rank(rank)
+        folder = scratch / "checkpoint"
+        folder.mkdir()
+        export_rank(self._store.load(served.stored), rank, folder)
+        target = scratch / "export.zip"
+        pack_zip(folder, target)
+        return target, rank
+
+    def _load_stored(self, stored: StoredAdapter) -> ServedAdapter:
+        started_at = time.perf_counter()
+        try:
+            adapter = self._store.load(stored)
+            self._engine.load(stored.version, adapter)
+        except AdapterError as error:
+            return ServedAdapter(stored.name, stored, AdapterState.UNFIT, RankFacts(stored.config.ranks), str(error))
+        self._observer.adapter_loaded(stored.name, stored.quality, time.perf_counter() - started_at)
+        return ServedAdapter(stored.name, stored, AdapterState.READY, self._facts(stored, adapter))
+
+    def _serve(self, served: ServedAdapter) -> None:
+        old = self._served.get(served.name)
+        self._served = MappingProxyType({**self._served, served.name: served})
+        if old is not None:
+            self._unload_unless_named(old.version)
+
+    def _unload_unless_named(self, version: str) -> None:
+        named = (s.version for s in self._served.values() if s.state is AdapterState.READY)
+        if version not in named:
+            self._engine.unload(version)
+
+    def _facts(self, stored: StoredAdapter, adapter: Adapter) -> RankFacts:
+        config = stored.config
+        parameters = {rank: parameters_at(adapter, rank) for rank in config.ranks}
+        return RankFacts(config.ranks, stored.quality, parameters, self._engine.model.parameters)
+
+
+def _check_name(name: str) -> None:
+    check_name(name)
+    if name in RESERVED_NAMES:
+        raise InvalidName(name, "this name is reserved")
+
+
+def parameters_at(adapter: Adapter, rank: int) -> int:
+    """Numbers in the factors that a token meets at a rank: its work, next to the base model's parameters."""
+    return sum(min(rank, m.rank) * (m.a.shape[1] + m.b.shape[0]) for m in adapter.modules.values())

@@ -1,0 +1,171 @@
+"""The adapters: list, upload, replace, delete, export."""
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
+
+from adapters.config import AdapterKind
+from service.errors import InvalidRequest
+from service.registry import AdapterState, ServedAdapter
+from service.routes_common import TheServices, errors
+from service.uploads import receive_upload
+
+router = APIRouter(prefix="/adapters", tags=["adapters"])
+
+Name = Annotated[str, Path(description="The adapter's name: letters, digits, '.', '_', '-'.", max_length=256)]
+
+_UPLOAD_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "adapter_config.json": {"type": "string", "format": "binary"},
+                    "adapter_model.safetensors": {"type": "string", "format": "binary"},
+                    "quality.json": {"type": "string", "format": "binary"},
+                    "archive": {"type": "string", "format": "binary", "description": "a zip, instead of the files"},
+                    "renest": {"type": "boolean", "default": True},
+                },
+            }
+        },
+        "application/zip": {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+
+
+class QualityOut(BaseModel):
+    """Measured quality per rank, in the adapter's own metric."""
+
+    metric: str
+    higher_is_better: bool
+    values: dict[int, float]
+    source: str
+
+
+class AdapterOut(BaseModel):
+    """One adapter as listings show it. Fields are null where its files can't be read."""
+
+    id: str
+    version: str | None = Field(description="SHA-256 of its content.")
+    kind: AdapterKind | None = Field(description="dylora, renested (a plain LoRA in SVD order), or lora (one rank).")
+    ranks: list[int] = Field(description="Every rank it can be served at.")
+    r_max: int | None
+    alpha: float | None
+    targets: list[str] = Field(description="Last part of the adapted modules' names.")
+    bytes: int | None
+    state: AdapterState
+    problem: str | None = Field(description="Why it is unfit.")
+    quality: QualityOut | None
+
+
+@router.get("", response_model=list[AdapterOut])
+async def list_adapters(services: TheServices) -> list[AdapterOut]:
+    """All adapters by name."""
+    return [_entry(served) for served in services.registry.list()]
+
+
+@router.get("/{name}", response_model=AdapterOut, responses=errors(404, 422, 503))
+async def get_adapter(name: Name, services: TheServices) -> AdapterOut:
+    """One adapter."""
+    return _entry(services.registry.get(name))
+
+
+@router.put(
+    "/{name}",
+    response_model=AdapterOut,
+    responses={201: {"model": AdapterOut, "description": "Created."}, **errors(409, 413, 415, 422, 503, 507)},
+    openapi_extra={"requestBody": _UPLOAD_BODY},
+)
+async def put_adapter(
+    name: Name,
+    request: Request,
+    response: Response,
+    services: TheServices,
+    renest: Annotated[
+        bool | None, Query(description="Rotate a plain LoRA so that it can be served at every rank (default true).")
+    ] = None,
+) -> AdapterOut:
+    """Create or replace an adapter. Requests in flight keep the version they started with."""
+    services.check_accepting()
+    registry = services.registry
+    # The name is claimed before the first byte is read: the second of two uploads learns it at once.
+    with registry.writing(name), registry.new_upload() as folder:
+        files, in_form = await receive_upload(
+            request.headers.get("content-type", ""),
+            request.stream(),
+            folder,
+            max_bytes=services.settings.max_adapter_bytes,
+        )
+        if None not in (renest, in_form) and renest != in_form:
+            raise InvalidRequest("renest", f"{renest} in the query contradicts {in_form} in the form; give one")
+        wants_renest = next((each for each in (renest, in_form) if each is not None), True)
+        served, is_new = await to_thread.run_sync(partial(registry.put, name, files, renest=wants_renest))
+    response.status_code = 201 if is_new else 200
+    return _entry(served)
+
+
+@router.delete("/{name}", status_code=204, responses=errors(404, 409, 422, 503))
+async def delete_adapter(name: Name, services: TheServices) -> None:
+    """Delete an adapter. Requests in flight keep it until they end."""
+    services.check_accepting()
+    with services.registry.writing(name):
+        await to_thread.run_sync(services.registry.delete, name)
+
+
+@router.get("/{name}/export", response_class=FileResponse, responses=errors(404, 422, 503))
+async def export_adapter(
+    name: Name,
+    services: TheServices,
+    rank: Annotated[int | None, Query(ge=1, description="Rank to export; the largest unless given.")] = None,
+) -> Response:
+    """A PEFT checkpoint of one rank, as a zip: the same function in any reader of PEFT files."""
+    with ExitStack() as stack:
+        scratch = stack.enter_context(services.registry.new_upload())
+        path, rank = await to_thread.run_sync(services.registry.export, name, rank, scratch)
+        return _ScratchFile(str(path), f"{name}-rank{rank}.zip", stack.pop_all())
+
+
+class _ScratchFile(FileResponse):
+    """A file that is removed once it is sent, or the client is gone."""
+
+    def __init__(self, path: str, filename: str, cleanup: ExitStack) -> None:
+        super().__init__(path, media_type="application/zip", filename=filename)
+        self._cleanup = cleanup
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._cleanup.close()
+
+
+def _entry(served: ServedAdapter) -> AdapterOut:
+    stored = served.stored
+    profile = stored.quality if stored else None
+    return AdapterOut(
+        id=served.name,
+        version=stored.version if stored else None,
+        kind=stored.config.kind if stored else None,
+        ranks=list(stored.config.ranks) if stored else [],
+        r_max=stored.config.r_max if stored else None,
+        alpha=stored.config.alpha if stored else None,
+        targets=list(stored.targets) if stored else [],
+        bytes=stored.nbytes if stored else None,
+        state=served.state,
+        problem=served.problem,
+        quality=QualityOut(
+            metric=profile.primary.name,
+            higher_is_better=profile.primary.higher_is_better,
+            values=dict(profile.primary.values),
+            source=profile.source,
+        )
+        if profile
+        else None,
+    )

@@ -1,0 +1,89 @@
+"""POST /generate, POST /generate_stream, and POST / for clients that say in the body which of the two they want."""
+
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from service import answers
+from service.core import Mode, TokenEvent
+from service.disconnect import closing_on_disconnect
+from service.generation import Submitted, submit
+from service.routes_common import TheServices, errors
+from service.schemas import CompatRequest, GenerateRequest, GenerateResponse, StreamResponse
+from service.services import Services
+from service.stream import EventStream
+
+router = APIRouter(tags=["generate"], responses=errors(404, 413, 422, 500, 503))
+
+GENERATING_PATHS = ("/", "/generate", "/generate_stream")
+NOBODY_TO_ANSWER = 499
+"""nginx's status for a client that closed the connection; it is seen in logs only."""
+
+
+@router.post("/generate", response_model=GenerateResponse)
+async def generate(body: GenerateRequest, request: Request, services: TheServices) -> Response:
+    """Generate a text and answer when it is complete."""
+    return await _whole(body, request, services, is_wrapped=False)
+
+
+@router.post("/generate_stream", response_model=StreamResponse, response_class=StreamingResponse)
+async def generate_stream(body: GenerateRequest, request: Request, services: TheServices) -> Response:
+    """Generate a text and send every token as it is made, as server-sent events."""
+    return await _streamed(body, request, services)
+
+
+@router.post("/", response_model=list[GenerateResponse])
+async def generate_compat(body: CompatRequest, request: Request, services: TheServices) -> Response:
+    """Either of the two by `stream`; a whole answer is wrapped in a list, as Hugging Face's inference API has it."""
+    if body.stream:
+        return await _streamed(body, request, services)
+    return await _whole(body, request, services, is_wrapped=True)
+
+
+async def _whole(body: GenerateRequest, request: Request, services: Services, *, is_wrapped: bool) -> Response:
+    submitted = await _submit(body, request, services)
+    try:
+        async with submitted.events, closing_on_disconnect(request.receive, submitted.events):
+            answer, end = await answers.collect(submitted, body)
+    except answers.ClientGone:
+        return Response(status_code=NOBODY_TO_ANSWER)
+    text = answer.model_dump_json(exclude={"details"} if answer.details is None else None)
+    headers = answers.serving_headers(submitted, end.mode) | answers.timing_headers(end)
+    return Response(f"[{text}]" if is_wrapped else text, media_type="application/json", headers=headers)
+
+
+async def _streamed(body: GenerateRequest, request: Request, services: Services) -> Response:
+    submitted = await _submit(body, request, services)
+    events = submitted.events
+    try:
+        # The first event is awaited before the headers are sent: they say its mode, and an early failure has a status.
+        async with closing_on_disconnect(request.receive, events):
+            first = await events.next()
+        mode = first.mode if isinstance(first, TokenEvent) else answers.finished_or_raise(first).mode
+    except answers.ClientGone:
+        return Response(status_code=NOBODY_TO_ANSWER)
+    except BaseException:
+        events.close()
+        raise
+    headers = answers.serving_headers(submitted, Mode(mode)) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return _ClosingResponse(answers.stream(submitted, body, first), events, headers)
+
+
+async def _submit(body: GenerateRequest, request: Request, services: Services) -> Submitted:
+    return await submit(services, body, request.headers, request.state.request_id)
+
+
+class _ClosingResponse(StreamingResponse):
+    """Aborts the request however the response ends, also before its first byte."""
+
+    def __init__(self, content: AsyncIterator[str], events: EventStream, headers: dict[str, str]) -> None:
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._events.close()

@@ -1,0 +1,103 @@
+"""What operators and newcomers look at: the playground, liveness, readiness, facts, metrics."""
+
+import base64
+import hashlib
+import re
+from functools import lru_cache
+from importlib import resources
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict
+
+from service.routes_common import TheServices, errors
+from service.version import VERSION
+
+router = APIRouter(tags=["operations"])
+
+
+class Info(BaseModel):
+    """Facts of the server, under TGI's names where it has them."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    model_type: str
+    model_dtype: str
+    model_device_type: str
+    model_parameters: int
+    model_bytes: int
+    max_total_tokens: int
+    max_concurrent_requests: int
+    max_queued_requests: int
+    max_batch_tokens: int
+    policies: list[str]
+    default_policy: str
+    version: str
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def playground() -> HTMLResponse:
+    """A page to try ranks on."""
+    html, policy = _page()
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(html, headers=headers)
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process lives and its event loop turns."""
+    return {"status": "ok"}
+
+
+@router.get("/ready", responses=errors(503))
+async def ready(services: TheServices) -> Response:
+    """The server takes requests: adapters are loaded, and it is not shutting down."""
+    if services.is_ready:
+        return JSONResponse({"status": "ready"})
+    why = "draining" if services.draining.is_set() else "loading"
+    return JSONResponse({"error": f"the server is {why}", "error_type": "unavailable"}, 503, {"Retry-After": "1"})
+
+
+@router.get("/info")
+async def info(services: TheServices) -> Info:
+    """What is served, and its limits."""
+    model, settings = services.engine.model, services.settings
+    return Info(
+        model_id=model.name,
+        model_type=model.model_type,
+        model_dtype=model.dtype,
+        model_device_type=model.device,
+        model_parameters=model.parameters,
+        model_bytes=model.nbytes,
+        max_total_tokens=model.max_context_tokens,
+        max_concurrent_requests=settings.max_running_requests,
+        max_queued_requests=settings.max_waiting_requests,
+        max_batch_tokens=settings.max_batch_tokens,
+        policies=sorted(services.policies.policies),
+        default_policy=services.policies.default,
+        version=VERSION,
+    )
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(services: TheServices) -> Response:
+    """Prometheus' text format."""
+    return Response(services.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+@lru_cache(maxsize=1)
+def _page() -> tuple[str, str]:
+    """The page, and a policy that lets run its own script and style and nothing else."""
+    html = resources.files("service").joinpath("web/index.html").read_text(encoding="utf-8")
+    sources = {}
+    for tag in ("script", "style"):
+        match = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = hashlib.sha256((match[1] if match else "").encode()).digest()
+        sources[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
+    policy = (
+        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, policy

@@ -1,0 +1,94 @@
+"""Which adapter and rank a client names, in the body or in headers. Pure: nothing is looked up here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.errors import InvalidRequest
+from service.not_served import LATENCY_INSTEAD
+from service.rank_policy import RankWish
+
+ADAPTER_HEADER = "x-lora-adapter"
+RANK_HEADER = "x-lora-rank"
+POLICY_HEADER = "x-rank-policy"
+SLO_HEADERS = ("x-latency-slo-ms", "x-ttft-slo-ms", "x-itl-slo-ms")
+
+BASE_NAMES = ("", "base", "__base_model__")
+"""What stands for no adapter, here and in LoRAX."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a request names; the policies fill what it leaves open.
+
+    Attributes:
+        adapter: its name, None for the base model.
+        rank: the rank, or None where the request says nothing.
+        policy: the name of a policy, or None.
+    """
+
+    adapter: str | None
+    rank: RankWish = None
+    policy: str | None = None
+
+
+def select(adapter: str | None, rank: RankWish, policy: str | None, headers: Mapping[str, str]) -> Selection:
+    """Join body and headers.
+
+    The body comes first: if it names an adapter, the adapter header is not read; if it says anything of the rank
+    (`rank`, `rank_policy`, `name@8`), neither rank header is.
+
+    Args:
+        headers: names in lower case.
+
+    Raises:
+        InvalidRequest: a rank without adapter, `name@8` beside another rank, a header that is not legal.
+    """
+    for name in SLO_HEADERS:
+        if name in headers:
+            raise InvalidRequest(name, f"not available in this version; {LATENCY_INSTEAD}")
+    field = "adapter_id"
+    if adapter is None and ADAPTER_HEADER in headers:
+        adapter, field = headers[ADAPTER_HEADER], ADAPTER_HEADER
+    name, at = _split(adapter or "", field)
+    if at is not None and field == "adapter_id":
+        rank = _agree(at, rank, policy, field)
+    elif rank is None and policy is None:
+        rank, policy = _from_headers(headers)
+        if at is not None:
+            rank = _agree(at, rank, policy, field)
+    if name in BASE_NAMES:
+        if rank is not None or policy is not None:
+            given = "rank" if rank is not None else "rank_policy"
+            value = rank if rank is not None else policy
+            raise InvalidRequest(given, f"{value!r:.80} without an adapter: the base has no rank; give adapter_id")
+        return Selection(None)
+    return Selection(name, rank, policy)
+
+
+def parse_rank(text: str, field: str) -> RankWish:
+    """A rank as a header or `name@rank` writes it."""
+    if text == "max":
+        return "max"
+    if text == "auto":
+        return "auto"
+    if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= 1:
+        return int(text)
+    raise InvalidRequest(field, f"{text[:80]!r} is no rank; legal: an integer of at least 1, 'max', 'auto'")
+
+
+def _split(adapter: str, field: str) -> tuple[str, RankWish]:
+    name, separator, rank = adapter.rpartition("@")
+    return (name, parse_rank(rank, field)) if separator else (adapter, None)
+
+
+def _from_headers(headers: Mapping[str, str]) -> tuple[RankWish, str | None]:
+    text = headers.get(RANK_HEADER)
+    return (None if text is None else parse_rank(text, RANK_HEADER)), headers.get(POLICY_HEADER)
+
+
+def _agree(at: RankWish, rank: RankWish, policy: str | None, field: str) -> RankWish:
+    if rank is not None and rank != at:
+        raise InvalidRequest("rank", f"{rank!r} contradicts {field}, which ends in '@{at}'; give one of the two")
+    if policy is not None and at != "auto":
+        raise InvalidRequest("rank_policy", f"{policy[:80]!r} contradicts {field}, which ends in '@{at}'; give one")
+    return at

@@ -1,0 +1,66 @@
+"""Runs the application under uvicorn, and ends it without dropping what runs."""
+
+import threading
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.log import logger, pairs
+from service.services import Services
+
+_CLOSE_CONNECTIONS_S = 5
+"""How long connections may take to read the rest of their answers once nothing is generated any more."""
+
+
+class DrainingServer(uvicorn.Server):
+    """First SIGTERM or SIGINT: readiness off, new requests get 503, what runs is finished. The second ends at once."""
+
+    def __init__(self, app: FastAPI, host: str, port: int, drain_timeout_s: float) -> None:
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
+        )
+        super().__init__(config)
+        services = app.state.services
+        assert isinstance(services, Services)
+        self._services = services
+        self._drain_timeout_s = drain_timeout_s
+        self.all_ended = True
+        """Whether every request in flight ended by itself."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal. uvicorn's own would close the listener first, and raise the signal again at the end."""
+        if self._services.draining.is_set():
+            self.all_ended = False
+            self.should_exit = self.force_exit = True
+            return
+        self._services.draining.set()
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+    def bound_port(self) -> int:
+        """The port that is listened on, also where the settings said 0. Only while running."""
+        return int(self.servers[0].sockets[0].getsockname()[1])
+
+    def _drain(self) -> None:
+        logger.info("%s", "draining " + pairs(timeout_s=self._drain_timeout_s))
+        self.all_ended = self._services.engine.drain(self._drain_timeout_s)
+        if not self.all_ended:
+            logger.warning("requests still ran at the end of the drain timeout and are failed")
+            self._services.engine.stop()
+        self.should_exit = True
+
+
+def run(app: FastAPI, *, host: str, port: int, drain_timeout_s: float) -> int:
+    """Serve until a signal. 0 if every request ended by itself, 1 if some were cut off or nothing could be served."""
+    server = DrainingServer(app, host, port, drain_timeout_s)
+    try:
+        server.run()
+    except SystemExit:
+        return 1  # uvicorn could not listen, and has logged why
+    return 0 if server.started and server.all_ended else 1

@@ -1,0 +1,34 @@
+"""What the routes work with: one object, made by create_app and handed to every request."""
+
+from dataclasses import dataclass, field
+from threading import Event
+
+from service.core import EngineProtocol
+from service.errors import Draining
+from service.metrics import Metrics
+from service.policies import PolicyBook
+from service.registry import AdapterRegistry
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of one server."""
+
+    settings: Settings
+    engine: EngineProtocol
+    registry: AdapterRegistry
+    metrics: Metrics
+    policies: PolicyBook
+    draining: Event = field(default_factory=Event)
+    """Set once the server takes no new work; it never goes back."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Adapters loaded and not draining."""
+        return self.registry.is_loaded and not self.draining.is_set()
+
+    def check_accepting(self) -> None:
+        """Raise Draining once the server takes no new work."""
+        if self.draining.is_set():
+            raise Draining

@@ -1,0 +1,185 @@
+"""Every setting of the server, in one frozen place. The command line and its help are made from these fields."""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.policies import Policy, PolicyBook, PolicyKind
+
+ENV_PREFIX = "DYLORA_"
+DEMO_MODEL = "demo"
+"""The value of `model` that means the small model shipped with the package."""
+
+MIB = 1024 * 1024
+Count = Annotated[int, Field(ge=1)]
+Bytes = Annotated[ByteSize, Field(ge=0)]
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    """The number format of the base model's weights."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class LogLevel(StrEnum):
+    """The least severe messages that are written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class SettingsError(Exception):
+    """A setting that is unknown or has an illegal value; one line per offender."""
+
+
+class Settings(BaseSettings):
+    """What the server is told at start. Nothing changes it afterwards.
+
+    Each field is read from `DYLORA_<NAME>` in the environment, and `dylora serve --<name>` overrides that.
+    Sizes in bytes accept units: `512MiB`, `2GB`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    model: str = Field(DEMO_MODEL, min_length=1, description="base model: 'demo', a local folder, or a hub name")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all interfaces")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
+
+    adapters_dir: Path = Field(
+        default_factory=lambda: _user_data_folder() / "adapters",
+        description="folder of the adapter store; created if absent",
+    )
+    demo_adapters: bool = Field(True, description="put the demo's adapters into an empty store (demo model only)")
+    max_adapter_bytes: Bytes = Field(ByteSize(512 * MIB), description="largest adapter that may be uploaded")
+    max_adapters: Count = Field(1000, description="most adapters in the store")
+    max_store_bytes: Bytes = Field(ByteSize(16384 * MIB), description="most bytes of all adapters in the store")
+    max_rank: Count = Field(256, description="largest rank of an adapter")
+
+    device: Device = Field(Device.AUTO, description="where the model runs; auto takes a GPU if there is one")
+    dtype: Dtype = Field(Dtype.AUTO, description="number format of the weights; auto: float32 on CPU, else the model's")
+    threads: int | None = Field(None, ge=1, description="CPU threads for tensor work; unset leaves torch's choice")
+    max_running_requests: Count = Field(64, description="most requests in one batch")
+    max_waiting_requests: Count = Field(256, description="most requests in the queue; more are answered with 503")
+    max_batch_tokens: Count = Field(512, description="token budget of one step, prompt chunks and decode rows together")
+    kv_cache_bytes: Bytes = Field(ByteSize(512 * MIB), description="memory for keys and values")
+    kv_block_tokens: Count = Field(16, description="tokens per block of the key/value cache")
+    max_context_tokens: int | None = Field(None, ge=2, description="prompt plus answer; unset: what the model allows")
+    merged_cache_bytes: Bytes = Field(ByteSize(512 * MIB), description="memory for merged weights; 0 never merges")
+    merge_after_steps: Count = Field(8, description="steps of one (adapter, rank) alone before its weights are merged")
+
+    max_new_tokens_limit: int | None = Field(None, ge=1, description="largest max_new_tokens of a request")
+    max_body_bytes: Bytes = Field(ByteSize(2 * MIB), description="largest body of a request, uploads apart")
+
+    default_policy: str = Field("quality", description="policy that chooses the rank where a request leaves it open")
+    quality_tolerance: float = Field(0.01, ge=0, lt=1, description="relative loss accepted by the policy 'quality'")
+    budget_share: float = Field(
+        0.05, gt=0, description="adapter work per token, as a share of the base's, allowed by the policy 'budget'"
+    )
+    policies: Annotated[dict[str, Policy], NoDecode] = Field(
+        default_factory=dict, description='further policies, JSON: {"fast": {"kind": "budget", "share": 0.01}}'
+    )
+
+    metrics_max_adapters: Count = Field(100, description="adapters with metric labels of their own; others share one")
+    drain_timeout_s: float = Field(30, ge=0, allow_inf_nan=False, description="seconds that SIGTERM waits for requests")
+    log_level: LogLevel = Field(LogLevel.INFO, description="least severe messages that are written")
+
+    @field_validator("policies", mode="before")
+    @classmethod
+    def _policies_from_json(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"not JSON: {error}") from None
+
+    @model_validator(mode="after")
+    def _policies_agree(self) -> "Settings":
+        taken = sorted(set(self.policies) & {*_BUILT_IN, "latency"})
+        if taken:
+            raise ValueError(f"policies: the name {taken[0]!r} is built in; choose another")
+        try:
+            self.policy_book()
+        except ValueError as error:
+            raise ValueError(f"default_policy: {error}") from None
+        return self
+
+    def policy_book(self) -> PolicyBook:
+        """The built-in policies and the configured ones, by name."""
+        built_in = {
+            "max": Policy(PolicyKind.MAX),
+            "quality": Policy(PolicyKind.QUALITY, tolerance=self.quality_tolerance),
+            "budget": Policy(PolicyKind.BUDGET, share=self.budget_share),
+        }
+        return PolicyBook({**built_in, **self.policies}, self.default_policy)
+
+    @classmethod
+    def load(cls, overrides: Mapping[str, Any] | None = None) -> "Settings":
+        """Read the overrides, then the environment where they are silent.
+
+        Raises:
+            SettingsError: an unknown DYLORA_ variable (the nearest legal name is given), or a value that is not legal.
+        """
+        problems = _unknown_variables(os.environ)
+        if problems:
+            raise SettingsError("\n".join(problems))
+        try:
+            return cls(**(overrides or {}))
+        except ValidationError as error:
+            raise SettingsError("\n".join(_describe(error))) from None
+
+
+_BUILT_IN = ("max", "quality", "budget")
+
+
+def _user_data_folder() -> Path:
+    """Where the XDG convention keeps what a user's programs must not lose."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "share") / "dylora"
+
+
+def variable(field: str) -> str:
+    """The environment variable of a setting."""
+    return ENV_PREFIX + field.upper()
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    legal = [variable(name) for name in Settings.model_fields]
+    problems = []
+    for key in sorted(environ):
+        if key.upper().startswith(ENV_PREFIX) and key.upper() not in legal:
+            near = difflib.get_close_matches(key.upper(), legal, n=1, cutoff=0.0)
+            problems.append(f"{key}: no such setting; did you mean {near[0]}? `dylora settings` lists all")
+    return problems
+
+
+def _describe(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False, include_context=False):
+        message = item["msg"].removeprefix("Value error, ")
+        where = [str(part) for part in item["loc"]]
+        if where:
+            message = f"{'.'.join(where)} ({variable(where[0])}): {item['input']!r:.100} is not legal: {message}"
+        lines.append(message)
+    return lines
