@@ -45,9 +45,7 @@ class Metrics:
         self._queue_s = self._histogram("queue_seconds", "From arrival to the running batch.", (), _SECONDS)
         self._tokens = self._counter("tokens", "Tokens read (prompt) and made (generated).", ("kind",))
         self._decisions = self._counter("rank_decisions", "Ranks chosen.", ("policy", "reason", "rank"))
-        self._quality = Gauge(
-            "dylora_adapter_quality", "Measured quality.", (*by_rank, "metric"), registry=self.registry
-        )
+        self._quality = Gauge("dylora_adapter_quality", "Measured quality.", (*by_rank, "metric"), registry=self.registry)
         self._merge_s = self._histogram("merge_seconds", "Computing merged weights.", (), _FAST_SECONDS)
         self._step_s = self._histogram("step_seconds", "One step of the engine.", ("phase",), _FAST_SECONDS)
         self._rows = self._histogram("batch_rows", "Rows that made a token in a step.", (), _ROWS)

@@ -32,7 +32,15 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 MAY_IMPORT = {
     "fastapi": ("service.app", "service.routes_*", "service.server", "service.cli", "service.cluster"),
-    "starlette": ("service.middleware", "service.disconnect", "service.app", "service.routes_*", "service.server", "service.cli", "service.cluster"),
+    "starlette": (
+        "service.middleware",
+        "service.disconnect",
+        "service.app",
+        "service.routes_*",
+        "service.server",
+        "service.cli",
+        "service.cluster",
+    ),
     "uvicorn": ("service.server", "service.cli"),
     "ray": ("service.cluster",),
     "peft": ("adapters.train", "adapters.layer", "adapters.evaluate", "adapters.demo.*"),
