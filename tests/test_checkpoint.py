@@ -211,6 +211,21 @@ def test_heads_that_peft_lists_without_having_them_are_dropped(tmp_path: Path) -
     assert adapter.training["modules_to_save"] == ["classifier"]
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_an_unlisted_embedding_is_replaced_in_the_base_itself(tmp_path: Path, kind: str) -> None:
+    """PEFT's `save_embedding_layers`: a listed embedding would be a copy, which a tied output (Qwen2) does not follow."""
+    folder, tokens = random_peft_adapter(kind, tmp_path / "a"), some_tokens()
+    weight = tiny_model(kind).get_input_embeddings().get_parameter("weight")
+    tensors = load_file(folder / TENSORS_FILE) | {"base_model.model.model.embed_tokens.weight": 0.5 * weight.detach()}
+    write_folder(folder, json.loads((folder / CONFIG_FILE).read_text()), tensors)
+    expected = stock_logits(kind, folder, tokens)
+    adapter = read_peft(folder)
+    assert list(adapter.saved_modules) == ["model.embed_tokens.weight"]
+    write_peft(adapter, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / CONFIG_FILE).read_text())["modules_to_save"] is None
+    torch.testing.assert_close(stock_logits(kind, tmp_path / "b", tokens), expected)
+
+
 def test_describing_finds_the_same_without_the_values(tmp_path: Path) -> None:
     random_peft_adapter("llama", tmp_path)
     description, adapter = describe_peft(tmp_path), read_peft(tmp_path)
