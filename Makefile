@@ -12,6 +12,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 TORCH ?= auto
 # Arguments for `dylora serve`, pytest and the bench: `make serve ARGS="--port 9000"`.
 ARGS ?=
+# The folder with trainset.csv and devset.csv of the E2E NLG challenge.
+E2E ?=
 # Test processes; each holds torch, so no more than four however many cores there are.
 TEST_WORKERS ?= auto
 
@@ -55,6 +57,10 @@ format: $(READY) ## Rewrite the code in the house style
 
 types: $(READY) ## Check types, strictly
 	$(BIN)/mypy
+
+demo-model: $(READY) ## Make the demo's model and adapters anew from the E2E corpus: make demo-model E2E=folder-of-its-CSVs
+	@test -n "$(E2E)" || { echo "Name the folder with E2E's trainset.csv and devset.csv: make demo-model E2E=..." >&2; exit 1; }
+	$(BIN)/python -m adapters.demo.recipe --e2e "$(E2E)" $(ARGS)
 
 bench: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
 	@$(BIN)/python -m loadtests.throughput $(ARGS)

@@ -25,8 +25,6 @@ from service.settings import Settings
 from service.validation_text import describe
 from service.version import VERSION
 
-_UNREADABLE_BODY = "body: not JSON in UTF-8, or nested too deeply"
-
 
 def create_app(settings: Settings, engine: EngineProtocol, store: AdapterStore, metrics: Metrics) -> FastAPI:
     """Make the application. Its lifespan starts and stops the engine; who opened the store closes it.
@@ -99,8 +97,6 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if error.status_code == 400:  # FastAPI's word for a body that makes Python's JSON reader itself fail
-        return _answer(request, 422, {"error": _UNREADABLE_BODY, "error_type": "validation"})
     kinds = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     body = {"error": str(error.detail), "error_type": kinds.get(error.status_code, "validation")}
     return _answer(request, error.status_code, body, dict(error.headers or {}))
