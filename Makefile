@@ -37,7 +37,7 @@ serve: $(READY) ## Start the server with the built-in demo model and adapters
 	@exec $(BIN)/dylora serve $(ARGS)
 
 test: $(READY) ## Run the whole test suite, apart from what is marked slow or gpu
-	$(PYTEST) -n $(TEST_WORKERS) --maxprocesses 4 $(ARGS)
+	$(PYTEST) -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## Run the tests that take minutes
 	$(PYTEST) -m "slow and not gpu" --timeout 1800 $(ARGS)
