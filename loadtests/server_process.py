@@ -9,10 +9,34 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import httpx
 import psutil
+
+
+class Running(Protocol):
+    """What is asked of the server's process: a part of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, None while it runs."""
+
+    def poll(self) -> int | None:
+        """Its exit status now."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status once it has ended; subprocess.TimeoutExpired if that takes too long."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send a signal, unless it has ended."""
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
 
 
 class ServerProcess:
@@ -31,22 +55,18 @@ class ServerProcess:
         self.start_s = 0.0
         self._log = log
         self._start_timeout_s = start_timeout_s
-        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("DYLORA_")}
-        for name, value in {**settings, "host": "127.0.0.1", "port": self.port}.items():
-            self._environment[f"DYLORA_{name.upper()}"] = str(value)
-        self._process: subprocess.Popen[bytes] | None = None
+        self.settings = {**settings, "host": "127.0.0.1", "port": self.port}
+        self._process: Running | None = None
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.end()
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> Running:
         """The running process.
 
         Raises:
@@ -63,20 +83,20 @@ class ServerProcess:
             RuntimeError: it ended, or was not ready in time; with the end of its output.
         """
         started = time.monotonic()
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "service.cli", "serve"],
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        self._process = self._launch()
         try:
             self._wait_until_ready(started + self._start_timeout_s)
         except BaseException:
             self.kill()
             raise
         self.start_s = time.monotonic() - started
+
+    def _launch(self) -> Running:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DYLORA_")}
+        environment |= {f"DYLORA_{name.upper()}": str(value) for name, value in self.settings.items()}
+        command = [sys.executable, "-m", "service.cli", "serve"]
+        with self._log.open("ab") as log:
+            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
     def _wait_until_ready(self, deadline: float) -> None:
         with httpx.Client(base_url=self.url, timeout=5) as client:
@@ -116,7 +136,7 @@ class ServerProcess:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            return self.process.returncode
+            return self.process.wait()
 
 
 def _free_port() -> int:

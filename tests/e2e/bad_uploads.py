@@ -1,4 +1,4 @@
-"""Uploads that must be refused: each is a way to spoil a sound adapter, with the status and words that it is answered with."""
+"""Uploads that must be refused: each is a way to spoil a sound adapter, with the status and words of its answer."""
 
 import io
 import json
@@ -108,6 +108,7 @@ def zipped(files: Mapping[str, bytes]) -> tuple[bytes, str]:
 HUGE_HEADER = (1 << 62).to_bytes(8, "little") + b"{}"
 PICKLE = b"\x80\x04cos\nsystem\n(S'true'\ntR."
 ZEROS = b"\0" * (4 << 20)
+"""Four times what the tests' server takes."""
 
 BAD_UPLOADS = (
     BadUpload("JSON instead of a form", 415, ("multipart",), body=lambda files: (b"{}", "application/json")),
@@ -128,7 +129,12 @@ BAD_UPLOADS = (
     BadUpload("activated LoRA", 422, ("alora_invocation_tokens",), config(alora_invocation_tokens=[1, 2])),
     BadUpload("PiSSA, not converted", 422, ("pissa",), config(init_lora_weights="pissa")),
     BadUpload("DoRA", 422, ("use_dora",), config(use_dora=True)),
-    BadUpload("two wrongs, both named", 422, ("use_dora", A), lambda f: config(use_dora=True)(tensors(drop(A))(f))),
+    BadUpload(
+        "two wrongs, both refused",
+        422,
+        ("use_dora", "lora_B without lora_A"),
+        lambda f: config(use_dora=True)(tensors(drop(A))(f)),
+    ),
     BadUpload("rank of another config", 422, ("q_proj", "16", "rank 8"), config(r=8)),
     BadUpload("negative alpha", 422, ("lora_alpha",), config(lora_alpha=-1)),
     BadUpload("A without B", 422, ("q_proj", "lora_B"), tensors(drop(B))),
@@ -152,11 +158,12 @@ BAD_UPLOADS = (
     BadUpload("a header that lies", 422, (TENSORS,), instead(TENSORS, HUGE_HEADER)),
     BadUpload("a file cut short", 422, (TENSORS,), lambda files: {**files, TENSORS: files[TENSORS][:-100]}),
     BadUpload("an empty file", 422, (TENSORS,), instead(TENSORS, b"")),
-    BadUpload("too large", 413, ("1048576",), instead(TENSORS, ZEROS)),
+    BadUpload("too large", 413, (TENSORS, "1048576"), instead(TENSORS, ZEROS[: 3 << 19])),
+    BadUpload("far too large", 413, ("body", "larger"), instead(TENSORS, ZEROS)),
     BadUpload("no zip at all", 422, ("zip",), body=lambda files: (b"PK\x03\x04nonsense", "application/zip")),
     BadUpload("an empty zip", 422, (CONFIG, TENSORS), body=lambda files: zipped({})),
     BadUpload("a zip that climbs out", 422, ("../evil",), body=lambda f: zipped({**f, "../evil": b"x"})),
-    BadUpload("a zip bomb", 413, ("1048576",), body=lambda files: zipped({**files, TENSORS: ZEROS})),
+    BadUpload("a zip bomb", 413, ("zip holds more",), body=lambda files: zipped({**files, TENSORS: ZEROS})),
     BadUpload("a name with a space", 422, ("a b",), name="a%20b"),
     BadUpload("a name that climbs", 422, ("..",), name="a..b"),
     BadUpload("a name that is hidden", 422, (".hidden",), name=".hidden"),

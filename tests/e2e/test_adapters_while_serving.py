@@ -57,9 +57,7 @@ def test_replacing_an_adapter_in_use_leaves_requests_in_flight_on_the_old_one(
     client.http.delete("/adapters/replaced").raise_for_status()
 
 
-def test_deleting_an_adapter_in_use_leaves_requests_in_flight_alone(
-    client: Client, adapter_folders: tuple[Path, ...]
-) -> None:
+def test_deleting_an_adapter_in_use_leaves_requests_in_flight_alone(client: Client, adapter_folders: tuple[Path, ...]) -> None:
     client.put("deleted", adapter_folders[0]).raise_for_status()
     before = client.text(tokens=LONG, adapter_id="deleted", rank=16)
 

@@ -38,9 +38,7 @@ def test_a_stream_that_its_client_leaves_frees_its_place(client: Client) -> None
     wait_until(lambda: client.metric("dylora_requests_total", outcome="aborted") == aborted + 1)
 
 
-def test_a_whole_answer_that_its_client_does_not_wait_for_frees_its_place(
-    server: ServerProcess, client: Client
-) -> None:
+def test_a_whole_answer_that_its_client_does_not_wait_for_frees_its_place(server: ServerProcess, client: Client) -> None:
     aborted = client.metric("dylora_requests_total", outcome="aborted")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/generate", json=body("a", ENDLESS, {}), timeout=0.5)

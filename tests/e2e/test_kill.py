@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtests.server_process import ServerProcess
+from tests.e2e.forked_server import ForkedServer
 from tests.e2e.tiny_server import SMALL, Client, adapter_files
 
 NAMES = ("one", "two", "three")
@@ -92,7 +92,7 @@ def in_pieces(content: bytes, slowly: bool) -> Iterator[bytes]:
             time.sleep(0.003)
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_after_every_kill_the_store_holds_exactly_what_was_acknowledged(
     kills: int, model_folder: Path, adapter_folders: tuple[Path, ...], tmp_path: Path
 ) -> None:
@@ -100,7 +100,7 @@ def test_after_every_kill_the_store_holds_exactly_what_was_acknowledged(
     store = tmp_path / "adapters"
     uploader = Uploader(adapter_folders, dice)
     completed = in_flight = 0
-    with ServerProcess({**SMALL, "model": model_folder, "adapters_dir": store}, tmp_path / "log") as server:
+    with ForkedServer({**SMALL, "model": model_folder, "adapters_dir": store}, tmp_path / "log") as server:
         with httpx.Client(base_url=server.url, timeout=60) as http:
             client = Client(http)
             upload_s = uploader.learn_versions(client)

@@ -1,8 +1,10 @@
 """A folder with a tiny random Llama and its tokenizer, adapters for it, and what a client says to a server of it."""
 
+import io
 import json
 import string
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +101,19 @@ class Client:
         files = {file: (file, content) for file, content in adapter_files(folder).items()}
         return self.http.put(f"/adapters/{name}", files=files)
 
+    def tokens(self, *, tokens: int, **parameters: Any) -> list[int]:
+        """The token ids of a request that must succeed."""
+        response = self.generate(tokens=tokens, **parameters)
+        assert response.status_code == 200, response.text
+        return [int(token["id"]) for token in response.json()["details"]["tokens"]]
+
+    def export(self, name: str, rank: int, folder: Path) -> Path:
+        """GET /adapters/{name}/export, unpacked into a folder."""
+        answer = self.http.get(f"/adapters/{name}/export", params={"rank": rank}).raise_for_status()
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            archive.extractall(folder)
+        return folder
+
     def versions(self) -> dict[str, str]:
         """Every adapter that the server lists, with its version."""
         return {item["id"]: item["version"] for item in self.http.get("/adapters").raise_for_status().json()}
@@ -112,6 +127,12 @@ class Client:
             if series.partition("{")[0] == name and wanted:
                 total += float(value)
         return total
+
+
+def together(client: Client, choices: Sequence[Mapping[str, Any]], *, tokens: int) -> list[list[int]]:
+    """Token ids of requests that are all sent at once."""
+    with ThreadPoolExecutor(len(choices)) as pool:
+        return list(pool.map(lambda choice: client.tokens(tokens=tokens, **choice), choices))
 
 
 def body(inputs: str, tokens: int, parameters: Mapping[str, object]) -> dict[str, object]:
