@@ -115,6 +115,7 @@ async def _on_bug(request: Request, error: Exception) -> JSONResponse:
 
 
 def _answer(request: Request, status: int, body: dict[str, str], headers: dict[str, str] | None = None) -> JSONResponse:
-    if request.method == "POST" and request.url.path in routes_generate.GENERATING_PATHS:
+    is_generating = request.method == "POST" and request.url.path in routes_generate.GENERATING_PATHS
+    if is_generating and not routes_generate.is_submitted(request):  # else its terminal event is counted
         request.app.state.services.metrics.refused()
     return JSONResponse(body, status, headers)

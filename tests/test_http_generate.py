@@ -304,7 +304,11 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "parameters": {"repetition_penalty": 1.2}}, 422, "repetition_penalty: 1.2"),
     ({"inputs": "x", "parameters": {"frequency_penalty": 0.1}}, 422, "frequency_penalty: 0.1"),
     ({"inputs": "x", "parameters": {"typical_p": 0.9}}, 422, "typical_p: 0.9"),
-    ({"inputs": "x", "parameters": {"best_of": 2}}, 422, "best_of: 2 is not legal: not available in this version; legal: null or 1"),
+    (
+        {"inputs": "x", "parameters": {"best_of": 2}},
+        422,
+        "best_of: 2 is not legal: not available in this version; legal: null or 1",
+    ),
     ({"inputs": "x", "parameters": {"watermark": True}}, 422, "watermark: True"),
     ({"inputs": "x", "parameters": {"decoder_input_details": True}}, 422, "decoder_input_details: True"),
     ({"inputs": "x", "parameters": {"top_n_tokens": 3}}, 422, "top_n_tokens: 3"),
