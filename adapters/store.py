@@ -51,9 +51,7 @@ class AdapterStore:
         AdapterError: another process owns the folder.
     """
 
-    def __init__(
-        self, root: Path, *, max_adapters: int, max_total_bytes: int, limits: CheckpointLimits | None = None
-    ) -> None:
+    def __init__(self, root: Path, *, max_adapters: int, max_total_bytes: int, limits: CheckpointLimits | None = None) -> None:
         self._max_adapters = max_adapters
         self._max_total_bytes = max_total_bytes
         self._limits = limits or CheckpointLimits()
@@ -75,9 +73,7 @@ class AdapterStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:

@@ -10,10 +10,18 @@ _MARKER = "demo-adapters"
 """A file in the store's folder: they came once, and whoever deletes them does not want them back."""
 
 
+def demo_model_folder() -> Path:
+    """The shipped base model."""
+    return _artifacts() / "base"
+
+
 def demo_adapter_folders() -> tuple[Path, ...]:
     """The shipped adapters; a folder's name is the adapter's."""
-    root = Path(str(resources.files("adapters"))) / "demo" / "artifacts" / "adapters"
-    return tuple(sorted(path.parent for path in root.glob("*/adapter_config.json")))
+    return tuple(sorted(path.parent for path in (_artifacts() / "adapters").glob("*/adapter_config.json")))
+
+
+def _artifacts() -> Path:
+    return Path(str(resources.files("adapters"))) / "demo" / "artifacts"
 
 
 def preload(store: AdapterStore, store_folder: Path, folders: tuple[Path, ...]) -> int:

@@ -1,15 +1,18 @@
 """Puts a server together from its settings, and runs it."""
 
-import importlib
 from collections.abc import Callable
+
+import torch
 
 from adapters.limits import CheckpointLimits
 from adapters.store import AdapterStore
 from service import demo, log, server
 from service.app import create_app
 from service.core import EngineObserver, EngineProtocol
+from service.engine import Engine, EngineOptions
 from service.metrics import Metrics
-from service.settings import DEMO_MODEL, Settings, SettingsError, variable
+from service.model import load_model
+from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
 
@@ -52,6 +55,45 @@ def _open_store(settings: Settings) -> AdapterStore:
 
 
 def real_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
-    """The engine that runs the settings' model. Raises ModelRefused."""
-    engine: EngineProtocol = importlib.import_module("service.engine").Engine.from_settings(settings, observer)
-    return engine
+    """The engine that runs the settings' model.
+
+    Raises:
+        ModelRefused: the model can't be served.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    loaded = load_model(
+        str(demo.demo_model_folder()) if settings.model == DEMO_MODEL else settings.model,
+        display_name=settings.model,
+        revision=settings.revision,
+        dtype=_dtype(settings.dtype, device),
+        device=device,
+        max_context_tokens=settings.max_context_tokens,
+    )
+    options = EngineOptions(
+        max_running=settings.max_running_requests,
+        max_waiting=settings.max_waiting_requests,
+        max_batch_tokens=settings.max_batch_tokens,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        kv_block_tokens=settings.kv_block_tokens,
+        merged_cache_bytes=settings.merged_cache_bytes,
+        merge_after_steps=settings.merge_after_steps,
+    )
+    return Engine(loaded, options, observer)
+
+
+def _device(wanted: Device) -> str:
+    if wanted is Device.AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted is Device.CUDA and not torch.cuda.is_available():
+        raise SettingsError(f"device ({variable('device')}): 'cuda' is not legal here: torch finds no GPU")
+    return wanted.value
+
+
+def _dtype(wanted: Dtype, device: str) -> torch.dtype | None:
+    """None stands for the model's own."""
+    if wanted is Dtype.AUTO:
+        return torch.float32 if device == "cpu" else None
+    dtype: torch.dtype = getattr(torch, wanted.value)
+    return dtype

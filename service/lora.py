@@ -345,16 +345,16 @@ class MixedStep:
         flat_x = x.reshape(-1) if is_embedding else x.reshape(-1, x.shape[-1])  # [rows, in], or token ids [rows]
         flat_out = out.view(-1, out.shape[-1])  # [rows, out]
         rows = self._by_length[flat_x.shape[0]]
-        if targeted:
-            a, b = self._active.factors(module)
-            low = a[flat_x] * module.site.embed_scale if is_embedding else flat_x @ a  # [rows, columns]
-            flat_out.addmm_(low * rows.mask.to(low.dtype), b)
-        for version in self._special:
+        for version in self._special:  # before the product, which adds to what the replaced parameters give
             own = rows.rows_of[version]
             if version in module.replaced and len(own):
                 flat_out[own] = module.site.run(flat_x[own], module.replaced[version])
             if version in module.bias_rows and len(own):
                 flat_out[own] += module.bias_rows[version]
+        if targeted:
+            a, b = self._active.factors(module)
+            low = a[flat_x] * module.site.embed_scale if is_embedding else flat_x @ a  # [rows, columns]
+            flat_out.addmm_(low * rows.mask.to(low.dtype), b)
         return out
 
 

@@ -48,7 +48,8 @@ def merge(adapter: Adapter, choice: AdapterChoice, site_of: Callable[[str], Site
         if factors is not None:
             a = factors.a[: choice.rank].to(site.weight.device, torch.float32)  # [rank, in]
             b = factors.b[:, : choice.rank].to(site.weight.device, torch.float32)  # [out, rank]
-            weight = torch.addmm(site.delta(site.weight.float()), b, a, alpha=choice.scale)  # [out, in]
+            base = parameters.get("weight", site.weight)
+            weight = torch.addmm(site.delta(base.float()), b, a, alpha=choice.scale)  # [out, in]
             parameters["weight"] = site.delta(weight).to(site.weight.dtype).contiguous()
         lora_bias = adapter.lora_bias.get(path)
         if lora_bias is not None:

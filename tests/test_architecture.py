@@ -17,8 +17,8 @@ PACKAGES = ("adapters", "service")
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("nouns", ("errors", "core", "policies", "settings", "version")),
     ("bookkeeping", ("blocks", "latency_model", "rank_policy", "scheduler")),
-    ("tensors", ("columns", "kv_cache", "lora", "merged", "sampling", "text", "model_check")),
-    ("runner", ("runner",)),
+    ("tensors", ("kv_cache", "sites", "lora", "merged", "sampling", "text", "model")),
+    ("runner", ("runner", "model_check")),
     ("engine", ("engine", "fake_engine")),
     ("around the engine", ("error_table", "log", "metrics", "registry", "services", "stream", "tracking", "uploads")),
     ("requests", ("not_served", "schemas", "selection", "validation_text", "generation", "answers")),

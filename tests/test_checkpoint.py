@@ -57,9 +57,7 @@ def _id(case: tuple[str, dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("case", WRITTEN_BY_PEFT, ids=_id)
-def test_stock_peft_computes_the_same_after_read_renest_and_write(
-    tmp_path: Path, case: tuple[str, dict[str, Any]]
-) -> None:
+def test_stock_peft_computes_the_same_after_read_renest_and_write(tmp_path: Path, case: tuple[str, dict[str, Any]]) -> None:
     kind, settings = case
     tokens = some_tokens()
     random_peft_adapter(kind, tmp_path / "original", **settings)
@@ -211,6 +209,21 @@ def test_heads_that_peft_lists_without_having_them_are_dropped(tmp_path: Path) -
     adapter = read_peft(write_folder(tmp_path, plain_config(modules_to_save=["classifier", "score"]), tensors))
     assert list(adapter.saved_modules) == ["classifier.weight"]
     assert adapter.training["modules_to_save"] == ["classifier"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_an_unlisted_embedding_is_replaced_in_the_base_itself(tmp_path: Path, kind: str) -> None:
+    """PEFT's `save_embedding_layers`: a listed embedding would be a copy, which a tied output (Qwen2) does not follow."""
+    folder, tokens = random_peft_adapter(kind, tmp_path / "a"), some_tokens()
+    weight = tiny_model(kind).get_input_embeddings().get_parameter("weight")
+    tensors = load_file(folder / TENSORS_FILE) | {"base_model.model.model.embed_tokens.weight": 0.5 * weight.detach()}
+    write_folder(folder, json.loads((folder / CONFIG_FILE).read_text()), tensors)
+    expected = stock_logits(kind, folder, tokens)
+    adapter = read_peft(folder)
+    assert list(adapter.saved_modules) == ["model.embed_tokens.weight"]
+    write_peft(adapter, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / CONFIG_FILE).read_text())["modules_to_save"] is None
+    torch.testing.assert_close(stock_logits(kind, tmp_path / "b", tokens), expected)
 
 
 def test_describing_finds_the_same_without_the_values(tmp_path: Path) -> None:

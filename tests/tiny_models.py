@@ -82,7 +82,9 @@ LINEAR_TARGETS: dict[str, tuple[str, ...]] = {
 def tiny_config(kind: str) -> PretrainedConfig:
     """The configuration of `tiny_model(kind)`."""
     # Special tokens inside the vocabulary, and none that ends a generation by chance.
-    return CONFIG_MAPPING[kind](**_CONFIGS[kind], bos_token_id=1, eos_token_id=None, pad_token_id=None)
+    special: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
+    config: PretrainedConfig = CONFIG_MAPPING[kind](**_CONFIGS[kind], **special)
+    return config
 
 
 def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
@@ -92,13 +94,17 @@ def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            tiny_config(kind), dtype=torch.float32
+        )
         # Biases and norm weights start as zeros and ones; move them, so that a lost or doubled one shows.
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
             assert torch.isfinite(parameter).all(), name
-    return model.eval().requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    return model
 
 
 def random_peft_adapter(
