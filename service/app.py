@@ -62,7 +62,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.engine.start()
     # In the background, so that /health and /ready answer meanwhile and the base model serves at once.
-    loading = asyncio.create_task(asyncio.to_thread(_load, services.registry))
+    loading = asyncio.create_task(asyncio.to_thread(_load, services))
     try:
         yield
     finally:
@@ -71,9 +71,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await loading
 
 
-def _load(registry: AdapterRegistry) -> None:
+def _load(services: Services) -> None:
     try:
-        registry.load_all(_log_loaded)
+        services.registry.load_all(_log_loaded, services.draining.is_set)
     except Exception:
         # /ready stays 503 and names no adapter as served: an operator sees it there and here.
         logger.exception("loading the stored adapters failed")

@@ -145,17 +145,24 @@ class AdapterRegistry:
 
     # Writes
 
-    def load_all(self, progress: Callable[[ServedAdapter, int, int], None] | None = None) -> None:
+    def load_all(
+        self,
+        progress: Callable[[ServedAdapter, int, int], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Load everything in the store. An adapter that doesn't fit is kept and listed as unfit.
 
         Args:
             progress: told of each adapter, how many are done, and of how many.
+            should_stop: asked before each; the rest is left where it is.
         """
         with self._change:
             for name, error in self._store.broken.items():
                 self._serve(ServedAdapter(name, None, AdapterState.UNFIT, RankFacts(()), str(error)))
         stored = self._store.list()
         for done, each in enumerate(stored, start=1):
+            if should_stop():
+                return
             with self._change:
                 served = self._load_stored(each)
                 self._serve(served)

@@ -24,13 +24,15 @@ from service.settings import Settings, variable
 # A server whose engine makes no step until SIGUSR1.
 PAUSED_SERVER = """
 import signal, sys
+from contextlib import ExitStack
 from service.cli import main
 from service.fake_engine import FakeEngine
 
 def make_engine(settings, observer):
     engine = FakeEngine(observer)
-    engine._set_paused(True)
-    signal.signal(signal.SIGUSR1, lambda *_: engine._set_paused(False))
+    held = ExitStack()
+    held.enter_context(engine.paused())
+    signal.signal(signal.SIGUSR1, lambda *_: held.close())
     return engine
 
 sys.exit(main(["serve", *sys.argv[1:]], make_engine))
