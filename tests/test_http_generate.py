@@ -270,6 +270,7 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "parameters": {"max_new_tokens": 0}}, 422, "max_new_tokens: 0 is not legal"),
     ({"inputs": "x", "parameters": {"max_new_tokens": "5"}}, 422, "max_new_tokens: '5' is not legal"),
     ({"inputs": "x", "parameters": {"max_new_tokens": 101}}, 422, "legal: 1 to 100"),
+    ({"inputs": "x" * 150, "parameters": {"max_new_tokens": 60}}, 422, "set truncate to at most 140"),
     ({"inputs": "x" * 190}, 422, "above the context of 200 tokens"),
     ({"inputs": "x", "parameters": {"temperature": -1}}, 422, "temperature: -1"),
     ({"inputs": "x", "parameters": {"temperature": 1e-9}}, 422, "must be 0 (greedy) or at least 0.0001"),
