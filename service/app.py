@@ -97,6 +97,10 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:
+        # FastAPI's word for a body that Python's JSON reader gives up on: not UTF-8, or nested too deep.
+        body = {"error": "body: not JSON: not UTF-8, or nested too deep", "error_type": "validation"}
+        return _answer(request, 422, body)
     kinds = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     body = {"error": str(error.detail), "error_type": kinds.get(error.status_code, "validation")}
     return _answer(request, error.status_code, body, dict(error.headers or {}))

@@ -98,7 +98,9 @@ def _sampling(services: Services, parameters: GenerateParameters, prompt_tokens:
         new_tokens = limit
     context = services.engine.model.max_context_tokens
     if new_tokens >= context:
-        raise InvalidRequest("max_new_tokens", f"{new_tokens} leaves no room for a prompt; legal: 1 to {context - 1}")
+        raise InvalidRequest(
+            "max_new_tokens", f"{new_tokens} leaves no prompt in the context of {context} tokens; legal: 1 to {context - 1}"
+        )
     if prompt_tokens + new_tokens > context:
         raise InvalidRequest(
             "inputs",
