@@ -127,6 +127,15 @@ class Settings(BaseSettings):
             raise ValueError(f"default_policy: {error}") from None
         return self
 
+    @model_validator(mode="after")
+    def _a_step_holds_every_row(self) -> "Settings":
+        if self.max_batch_tokens < self.max_running_requests:
+            raise ValueError(
+                f"max_batch_tokens ({variable('max_batch_tokens')}): {self.max_batch_tokens} is not legal: at least"
+                f" max_running_requests, {self.max_running_requests}, since each running request needs a token of every step"
+            )
+        return self
+
     def policy_book(self) -> PolicyBook:
         """The built-in policies and the configured ones, by name."""
         built_in = {
