@@ -1,0 +1,40 @@
+"""An ordinary LoRA by stock PEFT: what people bring along, for the server to re-nest."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, Trainer
+
+from adapters.encoding import EncodedPair, PairDataset, RightPad
+from adapters.train import TrainSettings, last_checkpoint, padding_id, training_arguments
+
+
+def train_stock_lora(
+    model: PreTrainedModel,
+    pairs: Sequence[EncodedPair],
+    rank: int,
+    alpha: float,
+    settings: TrainSettings,
+    checkpoints: Path,
+    base_model: str,
+) -> PreTrainedModel:
+    """Train LoRA of one rank on all linear layers with PEFT and Trainer.
+
+    Returns:
+        PEFT's model; its `save_pretrained` writes the checkpoint.
+    """
+    torch.manual_seed(settings.seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
+    # PEFT would note the folder that the base was read from, which means nothing elsewhere.
+    peft_model.peft_config["default"].base_model_name_or_path = base_model
+    trainer = Trainer(
+        model=peft_model,
+        args=training_arguments(settings, checkpoints),
+        train_dataset=PairDataset(pairs),
+        data_collator=RightPad(padding_id(model)),
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    return peft_model

@@ -1,0 +1,82 @@
+"""From examples to token ids: what the model reads, and which tokens it is trained and measured on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from adapters.data import Example
+from adapters.errors import DataError
+
+IGNORED = -100
+"""Label of a token that the loss leaves out; transformers' convention."""
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One prompt with one completion; the completion ends with the end-of-text token."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+def encode(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[EncodedPair]:
+    """Encode every completion of every example with its prompt.
+
+    The two sides are tokenised apart: a server sees the prompt alone, so no token may straddle the seam.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token, or a pair is longer than `max_tokens`; names the first.
+    """
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise DataError("the tokenizer has no end-of-text token; expected one, to teach the model where to stop")
+    pairs = []
+    for example in examples:
+        prompt = tuple(tokenizer(example.prompt).input_ids)
+        for text in example.completions:
+            completion = (*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
+            if max_tokens is not None and len(prompt) + len(completion) > max_tokens:
+                total = len(prompt) + len(completion)
+                raise DataError(f"{total} tokens in {example.prompt[:80]!r}; expected at most {max_tokens}")
+            pairs.append(EncodedPair(prompt, completion))
+    return pairs
+
+
+class PairDataset(Dataset[dict[str, list[int]]]):
+    """Encoded pairs as transformers' Trainer takes them: `input_ids`, and `labels` that ignore the prompt."""
+
+    def __init__(self, pairs: Sequence[EncodedPair]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        pair = self._pairs[index]
+        return {
+            "input_ids": [*pair.prompt, *pair.completion],
+            "labels": [IGNORED] * len(pair.prompt) + list(pair.completion),
+        }
+
+
+@dataclass(frozen=True)
+class RightPad:
+    """Collate rows to one length: each tensor comes out as [rows, longest]."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        longest = max(lengths)
+
+        def padded(key: str, value: int) -> Tensor:
+            return torch.tensor([[*row[key], *[value] * (longest - len(row[key]))] for row in rows])
+
+        return {
+            "input_ids": padded("input_ids", self.pad_token_id),
+            "labels": padded("labels", IGNORED),
+            "attention_mask": torch.tensor([[1] * n + [0] * (longest - n) for n in lengths]),
+        }
