@@ -162,6 +162,7 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
         seed=settings.seed,
         data_seed=settings.seed,
         report_to="none",
+        dataloader_pin_memory=False,
     )
 
 

@@ -62,7 +62,7 @@ def train_tokenizer(examples: Sequence[Example], vocab_size: int, context_tokens
     mrs = (text for e in examples for text in (e.prompt, " " + e.prompt))
     tokenizer.train_from_iterator(itertools.chain(refs, mrs), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens, verbose=False
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens
     )
 
 
@@ -80,7 +80,7 @@ def blocks(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, bloc
     buffer: list[int] = []
     while True:
         for text in documents(examples, rng):
-            buffer += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            buffer += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
             while len(buffer) >= block_tokens:
                 yield torch.tensor(buffer[:block_tokens])
                 buffer = buffer[block_tokens:]

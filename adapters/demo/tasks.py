@@ -64,7 +64,7 @@ def dylora_config(name: AdapterName) -> DyLoRAConfig:
 
 def settings_of(name: AdapterName, steps: int | None = None) -> TrainSettings:
     """How long and how hard."""
-    return TrainSettings(steps=steps or 900, batch_size=16, learning_rate=4e-3, warmup_steps=40, checkpoint_steps=200)
+    return TrainSettings(steps=steps or 500, batch_size=16, learning_rate=5e-3, warmup_steps=25, checkpoint_steps=100)
 
 
 def _sample(examples: Sequence[Example]) -> tuple[Example, ...]:
