@@ -1,11 +1,12 @@
 """From examples to token ids: what the model reads, and which tokens it is trained and measured on."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from adapters.data import Example
@@ -80,3 +81,37 @@ class RightPad:
             "labels": padded("labels", IGNORED),
             "attention_mask": torch.tensor([[1] * n + [0] * (longest - n) for n in lengths]),
         }
+
+
+class LikeLengths(Sampler[int]):
+    """Random order in which each run of `batch_size` indices has like lengths, so that little is padded.
+
+    Trainer's own grouping by length runs from long batches to short ones, fifty at a time: a short training then ends
+    on whatever length comes last, and writes sentences of that length. Here the batches are shuffled as well.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool_batches: int = 32) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._pool = batch_size * pool_batches
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order; accelerate calls it, also when a run is resumed."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"order {self._seed} {self._epoch}")
+        order = list(range(len(self._lengths)))
+        rng.shuffle(order)
+        pools = [sorted(order[i : i + self._pool], key=self._lengths.__getitem__) for i in range(0, len(order), self._pool)]
+        by_length = [index for pool in pools for index in pool]
+        size = self._batch_size
+        whole = len(by_length) // size * size  # a short last batch has to stay the last
+        batches = [by_length[i : i + size] for i in range(0, whole, size)]
+        rng.shuffle(batches)
+        yield from (index for batch in [*batches, by_length[whole:]] for index in batch)

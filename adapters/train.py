@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from adapters.adapter import Adapter
 from adapters.dylora import DyLoRAConfig
-from adapters.encoding import EncodedPair, PairDataset, RightPad
+from adapters.encoding import EncodedPair, LikeLengths, PairDataset, RightPad
 from adapters.errors import InvalidAdapter
 from adapters.layer import factors, inject, read_adapter, set_rank
 
@@ -72,8 +72,26 @@ def train_dylora(
     return read_adapter(model, config.adapter_config(base_model))
 
 
-class DyLoRATrainer(Trainer):
-    """transformers' Trainer that selects the step's rank before each pass, and checkpoints the factors only."""
+class PairTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer on encoded pairs, in random batches of like length."""
+
+    def __init__(
+        self, model: nn.Module, pairs: Sequence[EncodedPair], settings: TrainSettings, folder: Path, pad_token_id: int = 0
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=training_arguments(settings, folder),
+            train_dataset=PairDataset(pairs),
+            data_collator=RightPad(pad_token_id),
+        )
+        self._lengths = [len(pair.prompt) + len(pair.completion) for pair in pairs]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
+        return LikeLengths(self._lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+
+class DyLoRATrainer(PairTrainer):
+    """Selects the step's rank before each pass, and checkpoints the factors only."""
 
     def __init__(
         self,
@@ -83,12 +101,7 @@ class DyLoRATrainer(Trainer):
         settings: TrainSettings,
         folder: Path,
     ) -> None:
-        super().__init__(
-            model=model,
-            args=training_arguments(settings, folder),
-            train_dataset=PairDataset(pairs),
-            data_collator=RightPad(padding_id(model)),
-        )
+        super().__init__(model, pairs, settings, folder, padding_id(model))
         self._dylora = config
         self._share = 1.0
 
@@ -143,7 +156,7 @@ def load_factors(model: nn.Module, file: Path) -> None:
 
 
 def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
-    """Trainer's settings; batches are of pairs of like length, so that little is padded."""
+    """Trainer's own settings."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -154,7 +167,6 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
         max_grad_norm=settings.max_grad_norm,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
-        train_sampling_strategy="group_by_length",
         save_strategy="steps" if settings.checkpoint_steps else "no",
         save_steps=settings.checkpoint_steps or 500,
         save_total_limit=2,

@@ -61,9 +61,7 @@ def train_tokenizer(examples: Sequence[Example], vocab_size: int, context_tokens
     refs = (text for e in examples for ref in e.completions for text in (ref, " " + ref))
     mrs = (text for e in examples for text in (e.prompt, " " + e.prompt))
     tokenizer.train_from_iterator(itertools.chain(refs, mrs), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens)
 
 
 def documents(examples: Sequence[Example], rng: random.Random) -> Iterator[str]:

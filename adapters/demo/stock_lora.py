@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
-from adapters.encoding import EncodedPair, PairDataset, RightPad
-from adapters.train import TrainSettings, last_checkpoint, padding_id, training_arguments
+from adapters.encoding import EncodedPair
+from adapters.train import PairTrainer, TrainSettings, last_checkpoint, padding_id
 
 
 def train_stock_lora(
@@ -30,11 +30,6 @@ def train_stock_lora(
     peft_model = get_peft_model(model, config)
     # PEFT would note the folder that the base was read from, which means nothing elsewhere.
     peft_model.peft_config["default"].base_model_name_or_path = base_model
-    trainer = Trainer(
-        model=peft_model,
-        args=training_arguments(settings, checkpoints),
-        train_dataset=PairDataset(pairs),
-        data_collator=RightPad(padding_id(model)),
-    )
+    trainer = PairTrainer(peft_model, pairs, settings, checkpoints, padding_id(model))
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     return peft_model

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from adapters.data import Example, read_e2e, reversed_pairs, spaced
-from adapters.dylora import DyLoRAConfig
+from adapters.dylora import DyLoRAConfig, RankDistribution
 from adapters.evaluate import BLEU, SLOT_COVERAGE, SLOT_F1, TextMetric
 from adapters.train import TrainSettings
 
@@ -59,12 +59,18 @@ def task_of(name: AdapterName, corpus: E2E) -> Task:
 
 def dylora_config(name: AdapterName) -> DyLoRAConfig:
     """How the nested adapters are trained."""
-    return DyLoRAConfig(r_max=R_MAX, alpha=ALPHA, sandwich=True)
+    return DyLoRAConfig(
+        r_max=R_MAX,
+        alpha=8.0,
+        rslora=True,
+        distribution=RankDistribution.WEIGHTS,
+        weights=(*[1.0] * (R_MAX - 1), 10.0),
+    )
 
 
 def settings_of(name: AdapterName, steps: int | None = None) -> TrainSettings:
     """How long and how hard."""
-    return TrainSettings(steps=steps or 500, batch_size=16, learning_rate=5e-3, warmup_steps=25, checkpoint_steps=100)
+    return TrainSettings(steps=steps or 900, batch_size=16, learning_rate=5e-3, warmup_steps=25, checkpoint_steps=100)
 
 
 def _sample(examples: Sequence[Example]) -> tuple[Example, ...]:
