@@ -70,6 +70,7 @@ class RightPad:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """Tensors of `rows`, with the attention mask that hides the padding."""
         lengths = [len(row["input_ids"]) for row in rows]
         longest = max(lengths)
 

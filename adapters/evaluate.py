@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -60,7 +61,7 @@ def evaluate(
 @torch.no_grad()
 def completion_loss(model: PreTrainedModel, pairs: Sequence[EncodedPair], batch_size: int = 32) -> float:
     """Mean loss in nats per completion token, the end-of-text token among them, at the selected rank."""
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     collate = RightPad(padding_id(model))
     total, count = 0.0, 0
     by_length = sorted(pairs, key=lambda pair: len(pair.prompt) + len(pair.completion))
@@ -82,7 +83,7 @@ def generate(
     batch_size: int = 64,
 ) -> list[str]:
     """Greedy completions at the selected rank, in the prompts' order, stripped of white space at both ends."""
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     texts: dict[int, str] = {}
@@ -93,7 +94,9 @@ def generate(
         lengths = [len(encoded[i]) for i in rows]
         ids = torch.tensor([[padding_id(model)] * (longest - n) + encoded[i] for i, n in zip(rows, lengths, strict=True)])
         mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
+        )
         answers = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         texts |= {row: answer.strip() for row, answer in zip(rows, answers, strict=True)}
     return [texts[i] for i in range(len(prompts))]
@@ -104,7 +107,7 @@ def _bleu(texts: Sequence[str], examples: Sequence[Example]) -> float:
 
     most = max(len(e.completions) for e in examples)
     # sacrebleu wants the references as columns; None stands for one that an example doesn't have
-    columns = [[e.completions[i].strip() if i < len(e.completions) else None for e in examples] for i in range(most)]
+    columns: Any = [[e.completions[i].strip() if i < len(e.completions) else None for e in examples] for i in range(most)]
     return float(sacrebleu.corpus_bleu(list(texts), columns).score)
 
 

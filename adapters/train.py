@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,23 @@ from adapters.dylora import DyLoRAConfig
 from adapters.encoding import EncodedPair, LikeLengths, PairDataset, RightPad
 from adapters.errors import InvalidAdapter
 from adapters.layer import factors, inject, read_adapter, set_rank
+from adapters.muon import Muon
 
 FACTORS_FILE = "factors.safetensors"
 """The part of a Trainer checkpoint that holds A and B; the base is never written."""
 
 
+class OptimizerName(StrEnum):
+    """What moves the factors."""
+
+    ADAMW = "adamw"
+    MUON = "muon"
+    """Not in the paper; `adapters.muon`. A and B are matrices, each moved as one."""
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how hard to train: AdamW, linear warm-up, then cosine to zero.
+    """How long and how hard to train: linear warm-up, then cosine to zero.
 
     Attributes:
         steps: optimiser steps.
@@ -41,6 +51,7 @@ class TrainSettings:
     warmup_steps: int = 50
     max_grad_norm: float = 1.0
     checkpoint_steps: int = 0
+    optimizer: OptimizerName = OptimizerName.ADAMW
     seed: int = 0
 
 
@@ -72,7 +83,7 @@ def train_dylora(
     return read_adapter(model, config.adapter_config(base_model))
 
 
-class PairTrainer(Trainer):  # type: ignore[misc]
+class PairTrainer(Trainer):
     """transformers' Trainer on encoded pairs, in random batches of like length."""
 
     def __init__(
@@ -85,6 +96,16 @@ class PairTrainer(Trainer):  # type: ignore[misc]
             data_collator=RightPad(pad_token_id),
         )
         self._lengths = [len(pair.prompt) + len(pair.completion) for pair in pairs]
+        self._settings = settings
+        self._module = model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's AdamW, or Muon on everything that is trained."""
+        if self._settings.optimizer is OptimizerName.ADAMW:
+            return super().create_optimizer(model)
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        self.optimizer = Muon(trained, self._settings.learning_rate, weight_decay=self._settings.weight_decay)
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
         return LikeLengths(self._lengths, self.args.per_device_train_batch_size, self.args.seed)
@@ -122,17 +143,18 @@ class DyLoRATrainer(PairTrainer):
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loss: in training this pass's share of the step's, else that of full rank."""
         if model.training:
-            return super().compute_loss(model, *args, **kwargs) * self._share
+            loss: Tensor = super().compute_loss(model, *args, **kwargs)  # type: ignore[assignment]
+            return loss * self._share
         set_rank(model, self._dylora.r_max)
         return super().compute_loss(model, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.contiguous() for name, t in factors(self.model).items()}, folder / FACTORS_FILE)
+        save_file({name: t.contiguous() for name, t in factors(self._module).items()}, folder / FACTORS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_factors(model or self.model, Path(resume_from_checkpoint) / FACTORS_FILE)
+        load_factors(model or self._module, Path(resume_from_checkpoint) / FACTORS_FILE)
 
 
 @torch.no_grad()
@@ -180,7 +202,8 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest Trainer checkpoint in `folder`, None if there is none."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    return found
 
 
 def padding_id(model: PreTrainedModel) -> int:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapters.data import Example
-from adapters.demo.muon import Muon
+from adapters.muon import Muon
 
 EOS = "<|end|>"
 NEWLINE = "\n"
@@ -61,7 +61,9 @@ def train_tokenizer(examples: Sequence[Example], vocab_size: int, context_tokens
     refs = (text for e in examples for ref in e.completions for text in (ref, " " + ref))
     mrs = (text for e in examples for text in (e.prompt, " " + e.prompt))
     tokenizer.train_from_iterator(itertools.chain(refs, mrs), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens
+    )
 
 
 def documents(examples: Sequence[Example], rng: random.Random) -> Iterator[str]:
@@ -133,8 +135,10 @@ def train_base(
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for moving in (*optimizers, *schedules):
-            moving.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
         model.zero_grad(set_to_none=True)
         if step % 50 == 49:
             dev_loss = packed_loss(model, dev_blocks)
@@ -156,16 +160,17 @@ def new_optimizers(model: LlamaForCausalLM, recipe: BaseRecipe) -> list[torch.op
 @torch.no_grad()
 def packed_loss(model: LlamaForCausalLM, packed: Tensor) -> float:
     """Loss per token in nats over `packed` [blocks, block_tokens]."""
-    model.eval()
-    losses = [model(input_ids=part, labels=part).loss.item() for part in packed.split(8)]
+    model.eval()  # type: ignore[no-untyped-call]
+    parts = torch.split(packed, 8)
+    losses: list[float] = [model(input_ids=part, labels=part).loss.item() for part in parts]
     model.train()
     return sum(losses) / len(losses)
 
 
 def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write config, fp16 weights (safetensors), tokenizer and generation defaults (greedy, ends at eos)."""
-    half = model.half()
-    half.generation_config = GenerationConfig(
+    half: LlamaForCausalLM = model.half()  # type: ignore[no-untyped-call]
+    half.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=96,
         eos_token_id=tokenizer.eos_token_id,

@@ -24,7 +24,7 @@ from adapters.convert import renest
 from adapters.demo import ARTIFACTS, BASE_NAME
 from adapters.demo.base import BaseRecipe, save_base, train_base
 from adapters.demo.stock_lora import train_stock_lora
-from adapters.demo.tasks import ALPHA, E2E, R_MAX, AdapterName, dylora_config, settings_of, task_of
+from adapters.demo.tasks import DYLORA, E2E, LORA_ALPHA, R_MAX, AdapterName, settings_of, task_of
 from adapters.encoding import encode
 from adapters.errors import AdapterError
 from adapters.evaluate import evaluate
@@ -80,11 +80,11 @@ def make_adapter(name: AdapterName, corpus: E2E, out: Path, work: Path, steps: i
     pairs = encode(task_of(name, corpus).train, tokenizer, model.config.max_position_embeddings)
     settings, folder = settings_of(name, steps), adapter_folder(out, name)
     if name is AdapterName.MR_TO_TEXT_LORA:
-        trained = train_stock_lora(model, pairs, R_MAX, ALPHA, settings, work / name, BASE_NAME)
-        trained.save_pretrained(folder)
+        trained = train_stock_lora(model, pairs, R_MAX, LORA_ALPHA, settings, work / name, BASE_NAME)
+        trained.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     else:
-        adapter = train_dylora(model, pairs, dylora_config(name), settings, work / name, BASE_NAME, resume=True)
+        adapter = train_dylora(model, pairs, DYLORA, settings, work / name, BASE_NAME, resume=True)
         write_peft(adapter, folder)
     shutil.rmtree(work / name, ignore_errors=True)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from adapters.encoding import EncodedPair
@@ -15,11 +15,11 @@ def train_stock_lora(
     model: PreTrainedModel,
     pairs: Sequence[EncodedPair],
     rank: int,
-    alpha: float,
+    alpha: int,
     settings: TrainSettings,
     checkpoints: Path,
     base_model: str,
-) -> PreTrainedModel:
+) -> PeftModel:
     """Train LoRA of one rank on all linear layers with PEFT and Trainer.
 
     Returns:

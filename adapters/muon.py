@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024), in fp32: on this small base it needs about half the steps that AdamW needs.
+"""Muon (Jordan et al. 2024), in fp32: on the small demo base it needs about half the steps that AdamW needs.
 
 torch.optim.Muon is the same rule, but orthogonalises in bf16, which takes seconds a step on a CPU that has no
 bf16 products.
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalized(matrix: Tensor) -> Tensor:
     """Roughly U V^T of the SVD U S V^T of `matrix` [m, n]: singular values come out between 0.5 and 1.5."""
     a, b, c = _COEFFICIENTS
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the Gram matrix is then the smaller one
+    x: Tensor = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the Gram matrix is then the smaller one
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.T
