@@ -3,6 +3,9 @@
 DIR holds trainset.csv and devset.csv of the E2E NLG challenge. `--only base` (or an adapter's name, or quality) makes
 one part, `--out` writes elsewhere than into the package, and `--work` keeps checkpoints, from which a run that was
 stopped goes on. An adapter needs the base; its quality is measured as soon as it is trained.
+
+On two cores of a server CPU that other work kept busy, one thread each: the base took 24 minutes, mr-to-text 15,
+text-to-mr 10, mr-to-text-lora 7, and measuring an adapter at 16 ranks 5. Left alone it is about half of that.
 """
 
 import argparse
