@@ -12,6 +12,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 TORCH ?= auto
 # Arguments for `dylora serve`, pytest and the bench: `make serve ARGS="--port 9000"`.
 ARGS ?=
+# The folder with trainset.csv and devset.csv of the E2E NLG challenge.
+E2E ?=
 # Test processes; each holds torch, so no more than four however many cores there are.
 TEST_WORKERS ?= auto
 
@@ -19,10 +21,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-slow test-gpu check lint types format bench lock clean
+.PHONY: help setup serve test test-slow test-gpu check lint types format demo-model bench lock clean
 
 help: ## List the commands
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the pinned dependencies (done by every other command where needed)
 
@@ -35,7 +37,7 @@ serve: $(READY) ## Start the server with the built-in demo model and adapters
 	@exec $(BIN)/dylora serve $(ARGS)
 
 test: $(READY) ## Run the whole test suite, apart from what is marked slow or gpu
-	$(PYTEST) -n $(TEST_WORKERS) --maxprocesses 4 $(ARGS)
+	$(PYTEST) -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## Run the tests that take minutes
 	$(PYTEST) -m "slow and not gpu" --timeout 1800 $(ARGS)
@@ -55,6 +57,10 @@ format: $(READY) ## Rewrite the code in the house style
 
 types: $(READY) ## Check types, strictly
 	$(BIN)/mypy
+
+demo-model: $(READY) ## Make the demo's model and adapters anew from the E2E corpus: make demo-model E2E=folder-of-its-CSVs
+	@test -n "$(E2E)" || { echo "Name the folder with E2E's trainset.csv and devset.csv: make demo-model E2E=..." >&2; exit 1; }
+	$(BIN)/python -m adapters.demo.recipe --e2e "$(E2E)" $(ARGS)
 
 bench: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
 	@$(BIN)/python -m loadtests.throughput $(ARGS)

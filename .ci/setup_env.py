@@ -146,7 +146,8 @@ def lock() -> None:
     command = (VENV_PYTHON, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-")
     wanted = (torch, *BUILD_BACKEND, f"{ROOT}[dev]")
     report = json.loads(subprocess.run([*command, *wanted], check=True, stdout=subprocess.PIPE).stdout)
-    found = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in report["install"]}
+    chosen = (entry["metadata"] for entry in report["install"])
+    found = {re.sub(r"[-_.]+", "-", package["name"]).lower(): package["version"] for package in chosen}
     # The general build of torch names its own GPU libraries exactly; where the lock is made must not matter.
     of_torch = re.compile(r"nvidia-|cuda-|triton")
     pins = [f"{name}=={version}" for name, version in found.items() if not of_torch.match(name)]

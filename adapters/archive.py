@@ -97,7 +97,7 @@ def _choose(entries: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     if len(entries) > _MAX_ENTRIES:
         raise AdapterTooLarge([f"the zip has {len(entries)} entries, the limit is {_MAX_ENTRIES}"])
     problems = [f"zip entry {entry.orig_filename[:120]!a}: {why}" for entry in entries if (why := _suspicion(entry))]
-    names = [entry.filename for entry in entries]
+    names = [str(PurePosixPath(entry.filename)) for entry in entries]  # one spelling for "a/b", "./a//b"
     problems += [f"zip entry {name[:120]!a}: appears more than once" for name in sorted(set(names)) if names.count(name) > 1]
     if problems:
         raise InvalidAdapter(problems)

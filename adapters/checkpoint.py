@@ -17,7 +17,7 @@ from adapters.errors import AdapterTooLarge, InvalidAdapter
 from adapters.json_file import read_json
 from adapters.limits import CheckpointLimits
 from adapters.peft_config import PeftFields, literal_pattern, parse_config, pattern_value
-from adapters.peft_inventory import Inventory, take_inventory
+from adapters.peft_inventory import Inventory, is_listed, take_inventory
 from adapters.peft_writer import BLOCK, CONFIG_FILE, TENSORS_FILE, write_peft
 from adapters.quality import QUALITY_FILE, QualityProfile
 from adapters.safetensors_file import TensorEntry, load_tensors, read_header
@@ -227,7 +227,7 @@ def _assemble(
     if overflown:
         raise InvalidAdapter([f"{path}: B times its scale is too large for float32" for path in overflown])
     training = dict(fields.kept)
-    if inventory.saved_modules and fields.modules_to_save:
+    if inventory.saved_modules:
         training["modules_to_save"] = _saved_names(fields, inventory)
     return Adapter(
         config=config,
@@ -242,7 +242,8 @@ def _assemble(
 
 def _saved_names(fields: PeftFields, inventory: Inventory) -> list[str]:
     """The listed modules that came with tensors: PEFT also lists heads that a model does not have ("score")."""
-    return [name for name in fields.modules_to_save if any(name in parameter for parameter in inventory.saved_modules)]
+    owners = [parameter.rpartition(".")[0] for parameter in inventory.saved_modules]
+    return [name for name in fields.modules_to_save if any(is_listed(owner, [name]) for owner in owners)]
 
 
 def _scale(fields: PeftFields, path: str, rank: int) -> float:

@@ -15,6 +15,8 @@ def read_json(path: Path, *, max_bytes: int) -> object:
     try:
         with path.open("rb") as file:
             raw = file.read(max_bytes + 1)
+    except FileNotFoundError as error:
+        raise InvalidAdapter([f"{path.name}: missing"]) from error
     except OSError as error:
         raise InvalidAdapter([f"{path.name}: not a readable file"]) from error
     if len(raw) > max_bytes:

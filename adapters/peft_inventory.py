@@ -115,7 +115,7 @@ def _add_parameter(
         inventory.saved_modules[full_name] = entry
     elif fields is None:
         return  # whether it belongs is the config's to say
-    elif _is_listed(key.module, fields.modules_to_save):
+    elif is_listed(key.module, fields.modules_to_save):
         inventory.saved_modules[full_name] = entry
     elif key.parameter == "bias" and fields.bias != "none":
         if len(entry.shape) != 1:
@@ -132,7 +132,7 @@ def _is_saved_embedding(inventory: Inventory, path: str) -> bool:
     return path.rpartition(".")[2] in _EMBEDDING_NAMES or (module is not None and module.is_embedding)
 
 
-def _is_listed(path: str, modules_to_save: Iterable[str]) -> bool:
+def is_listed(path: str, modules_to_save: Iterable[str]) -> bool:
     """Whether the module or one that holds it is listed: PEFT takes every module whose path ends with a listed name."""
     pieces = path.split(".")
     ancestors = [".".join(pieces[: i + 1]) for i in range(len(pieces))]

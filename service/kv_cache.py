@@ -29,6 +29,8 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     value_dim: int
+    window: int | None
+    """How many tokens back a row sees, itself included; None: all."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _packed_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
+    unknown = sorted(k for k, given in others.items() if given is not None and given is not False and k not in HARMLESS)
     if unknown or attention_mask is not None:
         raise UnsupportedAttention(f"its attention needs {', '.join(unknown) or 'a mask of its own'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)

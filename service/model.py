@@ -80,7 +80,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelRefused(shown, [f"it could not be loaded: {_first_line(error)}"]) from error
-    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to is typed as a plain function
+    model.to(device)
     return prepare_model(model, tokenizer, name=shown, max_context_tokens=max_context_tokens)
 
 
@@ -104,14 +104,12 @@ def prepare_model(
         raise ModelRefused(name, reasons)
     model.train(False).requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
-    return LoadedModel(
-        name=name,
-        model=model,
-        tokenizer=tokenizer,
-        layers=_discover_layers(model, name),
-        eos_ids=_eos_ids(model, tokenizer),
-        max_context_tokens=max_context_tokens or limit or 4096,
-    )
+    layers = _discover_layers(model, name)
+    context = max_context_tokens or limit or 4096
+    reasons = _mask_reasons(model.config.get_text_config(), layers, context)
+    if reasons:
+        raise ModelRefused(name, reasons)
+    return LoadedModel(name, model, tokenizer, layers, _eos_ids(model, tokenizer), context)
 
 
 def context_limit(config: Any) -> int | None:
@@ -143,6 +141,24 @@ def _config_reasons(config: Any) -> list[str]:
     return reasons
 
 
+def _mask_reasons(config: Any, layers: dict[nn.Module, LayerShape], context: int) -> list[str]:
+    """Restrictions that transformers would put into the mask, which packed rows do not have, and that bite here."""
+    reasons = []
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and chunk < context:
+        reasons.append(f"its attention works in chunks of {chunk} tokens; max_context_tokens of at most {chunk} is served")
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is not None and window < context and kinds is not None:
+        told, expected = sum(shape.window is not None for shape in layers.values()), kinds.count("sliding_attention")
+        if told != expected:
+            reasons.append(
+                f"{expected} of its layers have a sliding window of {window} tokens, and only {told} tell their attention;"
+                f" max_context_tokens of at most {window} is served"
+            )
+    return reasons
+
+
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     generation = getattr(model, "generation_config", None)
     for given in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
@@ -158,7 +174,7 @@ class _Discovery:
         self.layers: dict[nn.Module, LayerShape] = {}
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
-        self.layers[module] = LayerShape(call.key.shape[0], call.key.shape[-1], call.value.shape[-1])
+        self.layers[module] = LayerShape(call.key.shape[0], call.key.shape[-1], call.value.shape[-1], call.window)
         heads, rows, _ = call.query.shape
         return call.query.new_zeros(rows, heads, call.value.shape[-1])
 

@@ -16,13 +16,15 @@ def describe(findings: Sequence[Any]) -> str:
 
 
 def _sentence(finding: Any) -> str:
-    kind, where = finding["type"], [str(part) for part in finding["loc"] if part not in ("body", "parameters", "query")]
+    kind, where = finding["type"], [str(part) for part in finding["loc"][1:]]  # the first is body, query or path
+    if where[:1] == ["parameters"] and len(where) > 1:
+        where = where[1:]
     message = finding["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":
         return f"body: not JSON: {finding.get('ctx', {}).get('error', message)}"
     if kind in ("model_attributes_type", "dict_type", "missing") and not where:
         return "body: must be a JSON object, sent with Content-Type: application/json"
-    name = ".".join(where)
+    name = ".".join(where) or "body"
     if kind == "missing":
         return f"{name}: must be given"
     if kind == "extra_forbidden":

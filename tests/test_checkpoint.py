@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE, describe_peft, read_peft, write_peft
 from adapters.config import AdapterKind
 from adapters.convert import renest
 from adapters.errors import InvalidAdapter
+from adapters.peft_config import pattern_value
 from adapters.quality import Metric, QualityProfile
 from tests.checkpoints import (
     OUT,
@@ -120,6 +122,17 @@ def test_half_precision_is_kept_where_nothing_is_folded(tmp_path: Path) -> None:
     assert torch.equal(scaled.modules[PATH_Q].b, unscaled.modules[PATH_Q].b.float() * (5 / R))
 
 
+@pytest.mark.parametrize(
+    "path", ["model.layers.1.q_proj", "layers.1.q_proj", "model.layers.11.q_proj", "model.xq_proj", "q_proj"]
+)
+def test_patterns_match_as_stock_peft_matches_them(path: str) -> None:
+    keys = ["^layers.1.q_proj", r"layers\.1\.q_proj$", "model.layers.11.q_proj", "^model.q_proj", "q_proj", "proj"]
+    for start in range(len(keys)):
+        pattern = {key: key for key in keys[start:]}
+        expected = get_pattern_key(list(pattern), path)  # the path itself where nothing matches
+        assert pattern_value(pattern, path) == pattern.get(expected)
+
+
 def test_ranks_come_from_the_tensors_where_a_pattern_is_a_regex(tmp_path: Path) -> None:
     config = plain_config(r=99, rank_pattern={r".*_proj": R, r"(a+)+$": 4})
     assert read_peft(write_folder(tmp_path, config, plain_tensors())).config.r_max == R
@@ -192,7 +205,7 @@ def test_quality_travels_with_the_adapter(tmp_path: Path) -> None:
 
 
 def test_a_dylora_with_uneven_columns_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(InvalidAdapter, match="m.v: 2 columns, r_max is 4"):
+    with pytest.raises(InvalidAdapter, match=r"m\.v: 2 columns, r_max is 4"):
         write_peft(random_adapter(AdapterKind.DYLORA, ranks={"m.q": 4, "m.v": 2}), tmp_path)
 
 
@@ -209,6 +222,21 @@ def test_heads_that_peft_lists_without_having_them_are_dropped(tmp_path: Path) -
     adapter = read_peft(write_folder(tmp_path, plain_config(modules_to_save=["classifier", "score"]), tensors))
     assert list(adapter.saved_modules) == ["classifier.weight"]
     assert adapter.training["modules_to_save"] == ["classifier"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_an_unlisted_embedding_is_replaced_in_the_base_itself(tmp_path: Path, kind: str) -> None:
+    """PEFT's `save_embedding_layers`: a listed embedding would be a copy, which a tied output (Qwen2) does not follow."""
+    folder, tokens = random_peft_adapter(kind, tmp_path / "a"), some_tokens()
+    weight = tiny_model(kind).get_input_embeddings().get_parameter("weight")
+    tensors = load_file(folder / TENSORS_FILE) | {"base_model.model.model.embed_tokens.weight": 0.5 * weight.detach()}
+    write_folder(folder, json.loads((folder / CONFIG_FILE).read_text()), tensors)
+    expected = stock_logits(kind, folder, tokens)
+    adapter = read_peft(folder)
+    assert list(adapter.saved_modules) == ["model.embed_tokens.weight"]
+    write_peft(adapter, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / CONFIG_FILE).read_text())["modules_to_save"] is None
+    torch.testing.assert_close(stock_logits(kind, tmp_path / "b", tokens), expected)
 
 
 def test_describing_finds_the_same_without_the_values(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_file_that_is_not_json_is_invalid(tmp_path: Path, content: bytes) -> N
 
 
 def test_a_missing_file_is_invalid(tmp_path: Path) -> None:
-    with pytest.raises(InvalidAdapter, match="not a readable file"):
+    with pytest.raises(InvalidAdapter, match="missing"):
         QualityProfile.load(tmp_path / QUALITY_FILE, r_max=8)
 
 

@@ -1,0 +1,1 @@
+"""Stories against a real `dylora serve` process."""

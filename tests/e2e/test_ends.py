@@ -1,0 +1,87 @@
+"""Issue story: whoever goes away frees their place, and SIGTERM finishes what runs."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loadtests.server_process import ServerProcess
+from tests.e2e.tiny_server import SMALL, Client, body
+
+ENDLESS = 6000
+"""Tokens of a request that would run far longer than the test."""
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 10) -> float:
+    """Seconds until it is so."""
+    started = time.monotonic()
+    while not is_so():
+        assert time.monotonic() < started + timeout_s, "it did not come about in time"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def is_idle(client: Client) -> bool:
+    return client.metric("dylora_requests_in_flight") == 0 and client.metric("dylora_kv_blocks", state="used") == 0
+
+
+def test_a_stream_that_its_client_leaves_frees_its_place(client: Client) -> None:
+    aborted = client.metric("dylora_requests_total", outcome="aborted")
+    with client.stream(tokens=ENDLESS) as stream:
+        next(stream)
+        assert client.metric("dylora_requests_in_flight", state="running") == 1
+        assert client.metric("dylora_kv_blocks", state="used") > 0
+    wait_until(lambda: is_idle(client))
+    wait_until(lambda: client.metric("dylora_requests_total", outcome="aborted") == aborted + 1)
+
+
+def test_a_whole_answer_that_its_client_does_not_wait_for_frees_its_place(server: ServerProcess, client: Client) -> None:
+    aborted = client.metric("dylora_requests_total", outcome="aborted")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/generate", json=body("a", ENDLESS, {}), timeout=0.5)
+    wait_until(lambda: is_idle(client))
+    wait_until(lambda: client.metric("dylora_requests_total", outcome="aborted") == aborted + 1)
+
+
+def test_sigterm_finishes_what_runs_and_takes_nothing_new(model_folder: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "model": model_folder, "adapters_dir": tmp_path / "adapters", "drain_timeout_s": 30}
+    with ServerProcess(settings, tmp_path / "log") as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        client = Client(http)
+        tokens = 300
+        alone = client.text(tokens=tokens)
+        started, ends = threading.Barrier(3), []
+
+        def stream() -> None:
+            with client.stream(tokens=tokens) as received:
+                first = next(received)
+                started.wait()
+                ends.append([first, *received][-1]["generated_text"])
+
+        threads = [threading.Thread(target=stream) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        server.interrupt()
+        refused = refusal(server.url)
+        for thread in threads:
+            thread.join()
+        assert ends == [alone, alone]
+        assert refused
+        assert server.process.wait(20) == 0, server.output()
+
+
+def refusal(url: str) -> bool:
+    """True once a draining server turns a new request away, by 503 or by not listening any more."""
+    for _ in range(100):
+        try:
+            status = httpx.post(f"{url}/generate", json=body("a", 1, {}), timeout=5).status_code
+        except httpx.TransportError:
+            return True
+        if status == 503:
+            return True
+        assert status == 200
+        time.sleep(0.01)
+    return False

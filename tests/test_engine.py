@@ -1,0 +1,264 @@
+"""What the engine promises beside right tokens: every request ends once, and nothing is held after it."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from adapters.errors import IllegalRank, InvalidAdapter
+from service.core import (
+    Aborted,
+    AdapterChoice,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Mode,
+    SamplingParams,
+    StepReport,
+    TokenEvent,
+)
+from service.engine import Engine, EngineOptions
+from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
+from service.model import prepare_model
+from tests.engine_harness import Client, character_tokenizer, generate, random_dylora, running_engine
+from tests.tiny_models import tiny_model
+
+LONG = SamplingParams(max_new_tokens=200, ignore_eos=True)
+
+
+def request(name: str = "r", *, sampling: SamplingParams = LONG, choice: AdapterChoice | None = None) -> GenerationRequest:
+    return GenerationRequest(name, (7, 30, 12), sampling, choice)
+
+
+def dylora_choice(rank: int = 4) -> AdapterChoice:
+    return AdapterChoice("v", rank, 4.0 / rank)
+
+
+def test_an_aborted_request_ends_and_frees_its_place() -> None:
+    with running_engine(tiny_model("llama")) as engine:
+        gone, stays = Client(), Client()
+        engine.submit(request("gone"), gone)
+        engine.submit(request("stays"), stays)
+        gone.wait_for_first_token()
+        engine.abort("gone")
+        engine.abort("never heard of")
+        assert gone.end == Aborted("gone")
+        assert len(stays.tokens) == 200
+
+
+def test_an_adapter_unloaded_in_flight_serves_until_the_request_ends() -> None:
+    model = tiny_model("llama")
+    adapter = random_dylora("llama", model, seed=1)
+    with running_engine(model, {"v": adapter}) as engine:
+        before = generate(engine, [request(choice=dylora_choice())])[0].tokens
+        client = Client()
+        engine.submit(request(choice=dylora_choice()), client)
+        client.wait_for_first_token()
+        engine.unload("v")
+        with pytest.raises(UnknownAdapter):
+            engine.submit(request("late", choice=dylora_choice()), Client())
+        assert client.tokens == before
+    assert engine.stats().resident_adapters == 0
+    assert engine.stats().merged.nbytes == 0
+
+
+def test_a_replaced_adapter_serves_old_requests_with_its_old_version() -> None:
+    model = tiny_model("llama")
+    old, new = (random_dylora("llama", model, seed=seed) for seed in (1, 2))
+    other = AdapterChoice("w", 4, 1.0)
+    with running_engine(model, {"v": old}) as engine:
+        client = Client()
+        engine.submit(request("old", choice=dylora_choice()), client)
+        client.wait_for_first_token()
+        engine.load("w", new)
+        engine.unload("v")
+        later = generate(engine, [request("new", choice=other)])[0]
+        assert later.tokens != client.tokens
+        engine.load("v", old)
+        assert generate(engine, [request("again", choice=dylora_choice())])[0].tokens == client.tokens
+
+
+def test_stop_strings_end_a_generation_and_stay_in_its_text() -> None:
+    with running_engine(tiny_model("llama")) as engine:
+        whole = generate(engine, [request()])[0].finished.text
+        stop = whole[10:13]
+        end = whole.index(stop) + 3
+        sampling = replace(LONG, stop=("never", stop))
+        client = generate(engine, [request(sampling=sampling)])[0]
+    assert (client.finished.reason, client.finished.text) == (FinishReason.STOP_SEQUENCE, whole[:end])
+    assert "".join(event.token.text for event in client.events if isinstance(event, TokenEvent)) == whole[:end]
+
+
+def test_the_end_of_sequence_token_ends_a_generation_unless_ignored() -> None:
+    model = tiny_model("llama")
+    with running_engine(model) as engine:
+        tokens = generate(engine, [request()])[0].tokens
+    model = tiny_model("llama")
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokens[20]
+    first = tokens.index(tokens[20])
+    with running_engine(model) as engine:
+        ended = generate(engine, [request(sampling=replace(LONG, ignore_eos=False))])[0]
+        assert (ended.finished.reason, ended.tokens) == (FinishReason.EOS_TOKEN, tokens[: first + 1])
+        assert generate(engine, [request()])[0].tokens == tokens
+
+
+def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch() -> None:
+    sampling = SamplingParams(max_new_tokens=30, do_sample=True, temperature=1.5, top_k=50, top_p=0.95, seed=5, ignore_eos=True)
+    with running_engine(tiny_model("qwen2")) as engine:
+        alone = generate(engine, [request(sampling=sampling)])[0].tokens
+        others = [request(f"other-{i}", sampling=replace(sampling, seed=i, temperature=0.5 + i / 4)) for i in range(12)]
+        assert generate(engine, [*others, request(sampling=sampling)])[-1].tokens == alone
+        assert generate(engine, [request(sampling=replace(sampling, seed=6))])[0].tokens != alone
+
+
+def test_what_can_not_be_served_is_refused_at_once() -> None:
+    adapter = random_dylora("llama", tiny_model("llama"), seed=1)
+    with running_engine(tiny_model("llama"), {"v": adapter}, EngineOptions(max_running=1, max_waiting=1)) as engine:
+        with pytest.raises(InvalidRequest, match=r"3 prompt tokens \+ 254 new tokens = 257 exceed the context of 256"):
+            engine.submit(request(sampling=SamplingParams(max_new_tokens=254)), Client())
+        with pytest.raises(InvalidRequest, match="at least one"):
+            engine.submit(GenerationRequest("empty", ()), Client())
+        with pytest.raises(UnknownAdapter):
+            engine.submit(request(choice=AdapterChoice("unknown", 4, 1.0)), Client())
+        with pytest.raises(IllegalRank, match="legal ranks: 1, 2, 3, 4, 5, 6, 7, 8"):
+            engine.submit(request(choice=AdapterChoice("v", 9, 1.0)), Client())
+        with pytest.raises(InvalidAdapter, match="no such module"):
+            engine.load("gpt2", random_dylora("gpt2", tiny_model("gpt2"), seed=1))
+        clients = [Client(), Client()]
+        engine.submit(request("0"), clients[0])
+        with pytest.raises(InvalidRequest, match="in use"):
+            engine.submit(request("0"), Client())
+        engine.submit(request("1"), clients[1])
+        with pytest.raises(QueueFull):
+            engine.submit(request("2"), Client())
+        assert [len(client.tokens) for client in clients] == [200, 200]
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
+    with running_engine(tiny_model("llama")) as engine:
+        client = Client()
+        engine.submit(request(), client)
+        drained = threading.Thread(target=lambda: engine.drain(60))
+        drained.start()
+        assert len(client.tokens) == 200
+        drained.join(60)
+        with pytest.raises(Draining):
+            engine.submit(request("late"), Client())
+
+
+def test_stopping_fails_what_runs() -> None:
+    engine = Engine(prepare_model(tiny_model("llama"), character_tokenizer(), name="tiny"))
+    engine.start()
+    client = Client()
+    engine.submit(request(), client)
+    client.wait_for_first_token()
+    engine.stop()
+    engine.stop()
+    assert isinstance(client.end, Failed)
+    engine.check_integrity()
+
+
+class BreakingModel:
+    """Makes a model raise in the step after the next, once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.armed = threading.Event()
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, module: object, args: object) -> None:
+        if self.armed.is_set():
+            self.armed.clear()
+            raise RuntimeError("the card fell off the bus")
+
+
+def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    breaking = BreakingModel(model)
+    with running_engine(model) as engine:
+        expected = generate(engine, [request()])[0].tokens
+        client = Client()
+        engine.submit(request(), client)
+        client.wait_for_first_token()
+        breaking.armed.set()
+        end = client.end
+        assert isinstance(end, Failed)
+        assert isinstance(end.error, EngineFailed)
+        assert "fell off the bus" in caplog.text
+        assert generate(engine, [request()])[0].tokens == expected
+
+
+def test_a_sink_that_raises_harms_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    def raising(event: object) -> None:
+        raise RuntimeError("no such queue")
+
+    with running_engine(tiny_model("llama")) as engine:
+        engine.submit(request("bad"), raising)
+        assert len(generate(engine, [request("good")])[0].tokens) == 200
+    assert "no such queue" in caplog.text
+
+
+class Reports:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.merges = 0
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def on_merge(self, seconds: float) -> None:
+        self.merges += 1
+
+
+def test_a_pair_that_stays_alone_is_merged_once_and_the_observer_sees_it() -> None:
+    model = tiny_model("llama")
+    reports = Reports()
+    engine = Engine(
+        prepare_model(model, character_tokenizer(), name="tiny"), EngineOptions(merge_after_steps=5), observer=reports
+    )
+    engine.load("v", random_dylora("llama", model, seed=1))
+    engine.start()
+    sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    first = generate(engine, [request(sampling=sampling, choice=dylora_choice())])[0]
+    second = generate(engine, [request(sampling=sampling, choice=dylora_choice())])[0]
+    base = generate(engine, [request(sampling=sampling)])[0]
+    engine.stop()
+    assert [step.mode for step in reports.steps] == [Mode.MIXED] * 5 + [Mode.MERGED] * 35 + [Mode.BASE] * 20
+    assert reports.merges == 1
+    assert (first.finished.mode, second.finished.mode, base.finished.mode) == (Mode.MIXED, Mode.MERGED, Mode.BASE)
+    assert first.tokens == second.tokens
+    assert sum(step.prefill_tokens for step in reports.steps) == 9
+    assert sum(step.decode_rows for step in reports.steps) == 57
+    assert (engine.stats().merged.hits, engine.stats().merged.misses) == (34, 1)
+
+
+def test_merged_weights_beyond_the_bound_are_never_made() -> None:
+    model = tiny_model("llama")
+    options = EngineOptions(merge_after_steps=0, merged_cache_bytes=100)
+    with running_engine(model, {"v": random_dylora("llama", model, seed=1)}, options) as engine:
+        assert generate(engine, [request(choice=dylora_choice())])[0].finished.mode is Mode.MIXED
+        assert engine.stats().merged.misses == 0
+
+
+def test_usage_counts_tokens_and_orders_times() -> None:
+    with running_engine(tiny_model("llama")) as engine:
+        end = generate(engine, [request()])[0].finished
+    assert isinstance(end, Finished)
+    assert (end.usage.prompt_tokens, end.usage.generated_tokens) == (3, 200)
+    assert 0 <= end.usage.queue_s <= end.usage.time_to_first_token_s <= end.usage.total_s
+
+
+def test_logprobs_are_the_models_own() -> None:
+    model = tiny_model("opt")
+    with running_engine(model) as engine:
+        client = generate(engine, [request(sampling=replace(LONG, max_new_tokens=8))])[0]
+    reference = tiny_model("opt")
+    ids = [*request().prompt_ids, *client.tokens]
+    with torch.inference_mode():
+        expected = reference(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    got = [event.token.logprob for event in client.events if isinstance(event, TokenEvent)]
+    assert got == pytest.approx([expected[2 + i, token].item() for i, token in enumerate(client.tokens)], abs=1e-4)

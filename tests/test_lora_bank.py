@@ -1,0 +1,179 @@
+"""Columns of many adapters side by side, and merged weights within a bound."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapters.adapter import Adapter, LowRank
+from adapters.config import AdapterConfig, AdapterKind
+from adapters.errors import InvalidAdapter
+from service.core import AdapterChoice
+from service.lora import LoraBank, lora_step
+from service.merged import MergedCache, MergedWeights, merge, merged_nbytes
+from service.sites import Site, site_kind
+
+WIDTH, OUT, VOCAB = 6, 5, 11
+
+
+class Toy(nn.Module):
+    """An embedding, a linear layer and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.lin = nn.Linear(WIDTH, OUT)
+        self.norm = nn.LayerNorm(OUT)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.lin(self.embed(ids)))  # type: ignore[no-any-return]
+
+
+def adapter(seed: int, *, r_max: int = 3, paths: tuple[str, ...] = ("lin", "embed")) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    every = {
+        "lin": LowRank(noise(r_max, WIDTH), noise(OUT, r_max)),
+        "embed": LowRank(noise(r_max, VOCAB), noise(WIDTH, r_max), is_embedding=True),
+    }
+    return Adapter(AdapterConfig(AdapterKind.DYLORA, r_max, 2.0), {path: every[path] for path in paths})
+
+
+def choice(version: str, of: Adapter, rank: int) -> AdapterChoice:
+    return AdapterChoice(version, rank, of.config.scale(rank))
+
+
+def bank_of(toy: Toy, **options: int) -> LoraBank:
+    return LoraBank(toy, toy.embed, **options)
+
+
+def special(seed: int) -> Adapter:
+    """With all that goes beyond the low-rank product."""
+    return replace(
+        adapter(seed),
+        lora_bias={"lin": torch.full((OUT,), 0.3)},
+        base_bias={"norm": torch.full((OUT,), -0.7)},
+        saved_modules={"lin.weight": torch.full((OUT, WIDTH), 0.1), "embed.weight": torch.ones(VOCAB, WIDTH)},
+    )
+
+
+@torch.inference_mode()
+def test_each_row_gets_its_own_adapter_and_rank() -> None:
+    toy = Toy()
+    bank = bank_of(toy, columns=4)
+    adapters = {"a": adapter(1), "b": adapter(2, r_max=4), "c": adapter(3, paths=("lin",)), "d": special(4)}
+    for version, each in adapters.items():
+        bank.acquire(version, each)
+    choices = [None, *(choice(version, each, rank) for version, each in adapters.items() for rank in each.config.ranks)]
+    lengths = [1 + i % 3 for i in range(len(choices))]
+    ids = torch.randint(VOCAB, (1, sum(lengths)))
+    sampled = torch.tensor([0, 3, sum(lengths) - 1])
+
+    with lora_step(bank.step(choices, lengths, sampled)):
+        mixed = torch.split(toy(ids)[0], lengths)
+    fresh = Toy()
+    for asked, rows, got in zip(choices, torch.split(ids[0], lengths), mixed, strict=True):
+        weights = None if asked is None else merge(adapters[asked.version], asked, bank.site)
+        with lora_step(weights):
+            expected = (fresh if asked is None else toy)(rows[None])[0]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_merging_is_the_formula_and_leaves_the_base_alone() -> None:
+    toy = Toy()
+    bank, one = bank_of(toy), adapter(1)
+    before = {name: value.clone() for name, value in toy.state_dict().items()}
+    merged = merge(one, choice("a", one, 2), bank.site).parameters
+    factors = one.modules["lin"]
+    torch.testing.assert_close(merged["lin"]["weight"], toy.lin.weight + (2.0 / 2) * factors.b[:, :2] @ factors.a[:2])
+    table = one.modules["embed"]
+    torch.testing.assert_close(merged["embed"]["weight"], toy.embed.weight + ((2.0 / 2) * table.b[:, :2] @ table.a[:2]).T)
+    assert all(torch.equal(value, before[name]) for name, value in toy.state_dict().items())
+
+
+def test_a_bank_grows_for_adapters_in_use_and_reuses_the_room_of_idle_ones() -> None:
+    bank = bank_of(Toy(), columns=6)
+    for number in range(2):
+        bank.acquire(f"busy{number}", adapter(number))
+    small = bank.nbytes
+    bank.release("busy0")
+    bank.acquire("next", adapter(5))
+    assert (bank.resident, bank.nbytes) == (2, small)
+    bank.acquire("more", adapter(6))
+    assert (bank.resident, bank.users) == (3, 3)
+    assert bank.nbytes > small
+
+
+@torch.inference_mode()
+def test_a_new_owner_never_sees_the_numbers_of_the_former_one() -> None:
+    toy = Toy()
+    bank = bank_of(toy, columns=3)
+    bank.acquire("old", adapter(1))
+    bank.release("old")
+    quiet = adapter(2, paths=("embed",))
+    bank.acquire("new", quiet)
+    ids = torch.randint(VOCAB, (1, 4))
+    with lora_step(bank.step([choice("new", quiet, 3)], [4], torch.tensor([3]))):
+        mixed = toy(ids)
+    with lora_step(merge(quiet, choice("new", quiet, 3), bank.site)):
+        torch.testing.assert_close(mixed, toy(ids))
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_every_offender() -> None:
+    wrong = Adapter(
+        AdapterConfig(AdapterKind.LORA, 2, 1.0),
+        {
+            "lin": LowRank(torch.zeros(2, WIDTH + 1), torch.zeros(OUT, 2)),
+            "nowhere": LowRank(torch.zeros(2, 3), torch.zeros(3, 2)),
+            "norm": LowRank(torch.zeros(2, OUT), torch.zeros(OUT, 2)),
+            "embed": LowRank(torch.zeros(2, WIDTH), torch.zeros(WIDTH, 2)),
+        },
+        base_bias={"embed": torch.zeros(3)},
+        saved_modules={"embed.weight": torch.zeros(VOCAB + 2, WIDTH), "score.weight": torch.zeros(2, 2)},
+    )
+    with pytest.raises(InvalidAdapter) as refused:
+        bank_of(Toy()).check(wrong)
+    assert [problem.split(":")[0] for problem in refused.value.problems] == [
+        "lin",
+        "nowhere",
+        "norm",
+        "embed",
+        "embed.bias",
+        "embed.weight",
+        "score.weight",
+    ]
+    assert "vocabulary" in str(refused.value)
+
+
+def weights(numbers: int) -> MergedWeights:
+    return MergedWeights({"lin": {"weight": torch.zeros(numbers)}})
+
+
+def test_the_cache_keeps_within_its_bytes_and_drops_the_least_recently_used() -> None:
+    cache = MergedCache(capacity_bytes=100)
+    a, b, c = (AdapterChoice(name, 1, 1.0) for name in "abc")
+    cache.put(a, weights(10))
+    cache.put(b, weights(10))
+    assert cache.get(a) is not None
+    cache.put(c, weights(10))
+    assert (a in cache, b in cache, c in cache) == (True, False, True)
+    assert cache.get(b) is None
+    cache.put(b, weights(26))
+    assert b not in cache
+    stats = cache.stats
+    assert (stats.hits, stats.misses, stats.evictions, stats.nbytes) == (1, 1, 1, 80)
+    cache.forget("a")
+    assert cache.stats.nbytes == 40
+
+
+def test_the_bytes_of_a_merge_are_known_before_it_is_made() -> None:
+    toy = Toy()
+    one = adapter(1)
+    expected = merge(one, choice("a", one, 1), bank_of(toy).site).nbytes
+    assert expected <= merged_nbytes(one, lambda path: Site(path, getattr(toy, path), site_kind(getattr(toy, path))))
