@@ -61,7 +61,7 @@ def evaluate(
 @torch.no_grad()
 def completion_loss(model: PreTrainedModel, pairs: Sequence[EncodedPair], batch_size: int = 32) -> float:
     """Mean loss in nats per completion token, the end-of-text token among them, at the selected rank."""
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     collate = RightPad(padding_id(model))
     total, count = 0.0, 0
     by_length = sorted(pairs, key=lambda pair: len(pair.prompt) + len(pair.completion))
@@ -83,7 +83,7 @@ def generate(
     batch_size: int = 64,
 ) -> list[str]:
     """Greedy completions at the selected rank, in the prompts' order, stripped of white space at both ends."""
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     texts: dict[int, str] = {}
@@ -94,9 +94,7 @@ def generate(
         lengths = [len(encoded[i]) for i in rows]
         ids = torch.tensor([[padding_id(model)] * (longest - n) + encoded[i] for i, n in zip(rows, lengths, strict=True)])
         mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
-        )
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
         answers = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         texts |= {row: answer.strip() for row, answer in zip(rows, answers, strict=True)}
     return [texts[i] for i in range(len(prompts))]

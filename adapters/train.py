@@ -83,7 +83,7 @@ def train_dylora(
     return read_adapter(model, config.adapter_config(base_model))
 
 
-class PairTrainer(Trainer):
+class PairTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer on encoded pairs, in random batches of like length."""
 
     def __init__(
@@ -102,7 +102,8 @@ class PairTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's AdamW, or Muon on everything that is trained."""
         if self._settings.optimizer is OptimizerName.ADAMW:
-            return super().create_optimizer(model)
+            adamw: torch.optim.Optimizer = super().create_optimizer(model)
+            return adamw
         trained = [p for p in self._module.parameters() if p.requires_grad]
         self.optimizer = Muon(trained, self._settings.learning_rate, weight_decay=self._settings.weight_decay)
         return self.optimizer
@@ -143,7 +144,7 @@ class DyLoRATrainer(PairTrainer):
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loss: in training this pass's share of the step's, else that of full rank."""
         if model.training:
-            loss: Tensor = super().compute_loss(model, *args, **kwargs)  # type: ignore[assignment]
+            loss: Tensor = super().compute_loss(model, *args, **kwargs)
             return loss * self._share
         set_rank(model, self._dylora.r_max)
         return super().compute_loss(model, *args, **kwargs)
@@ -202,7 +203,7 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest Trainer checkpoint in `folder`, None if there is none."""
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return found
 
 

@@ -15,7 +15,7 @@ IDS = torch.arange(24).reshape(2, 12) % VOCAB
 
 
 def noisy(kind: str, config: AdapterConfig = CONFIG) -> torch.nn.Module:
-    model = tiny_model(kind)
+    model: torch.nn.Module = tiny_model(kind)
     torch.manual_seed(0)
     inject(model, config)
     with torch.no_grad():

@@ -36,7 +36,7 @@ def run(folder: Path, config: DyLoRAConfig = CONFIG, settings: TrainSettings = S
     return train_dylora(tiny_model("llama"), copying_pairs(), config, settings, folder, resume=resume)
 
 
-class RankRecorder(TrainerCallback):
+class RankRecorder(TrainerCallback):  # type: ignore[misc]
     """Notes the rank of every layer in every forward pass, optimiser step by optimiser step."""
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -61,9 +61,7 @@ def train_tokenizer(examples: Sequence[Example], vocab_size: int, context_tokens
     refs = (text for e in examples for ref in e.completions for text in (ref, " " + ref))
     mrs = (text for e in examples for text in (e.prompt, " " + e.prompt))
     tokenizer.train_from_iterator(itertools.chain(refs, mrs), trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens)
 
 
 def documents(examples: Sequence[Example], rng: random.Random) -> Iterator[str]:
@@ -160,7 +158,7 @@ def new_optimizers(model: LlamaForCausalLM, recipe: BaseRecipe) -> list[torch.op
 @torch.no_grad()
 def packed_loss(model: LlamaForCausalLM, packed: Tensor) -> float:
     """Loss per token in nats over `packed` [blocks, block_tokens]."""
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     parts = torch.split(packed, 8)
     losses: list[float] = [model(input_ids=part, labels=part).loss.item() for part in parts]
     model.train()
@@ -169,8 +167,8 @@ def packed_loss(model: LlamaForCausalLM, packed: Tensor) -> float:
 
 def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write config, fp16 weights (safetensors), tokenizer and generation defaults (greedy, ends at eos)."""
-    half: LlamaForCausalLM = model.half()  # type: ignore[no-untyped-call]
-    half.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    half: LlamaForCausalLM = model.half()
+    half.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=96,
         eos_token_id=tokenizer.eos_token_id,
