@@ -41,11 +41,12 @@ def evaluate(
 ) -> QualityProfile:
     """Measure loss and text metrics at each of `ranks`, on a model whose layers are NestedLoRA.
 
-    The texts are generated greedily, one per example. The profile's metrics are the text metrics, in order, then the
-    loss in nats per completion token over the first `loss_completions` completions of each example.
+    The texts are generated greedily, one per example. The profile's metrics are the loss, in nats per
+    completion token over the first `loss_completions` completions of each example, then the text metrics in order. The
+    loss comes first because it is the steadiest: policies that compare neighbouring ranks need that.
     """
     pairs = encode([Example(e.prompt, e.completions[:loss_completions]) for e in examples], tokenizer)
-    values: dict[str, dict[int, float]] = {name: {} for name in (*(m.name for m in metrics), LOSS)}
+    values: dict[str, dict[int, float]] = {name: {} for name in (LOSS, *(m.name for m in metrics))}
     for rank in tqdm(ranks, desc="quality", unit="rank"):
         set_rank(model, rank)
         texts = generate(model, tokenizer, [e.prompt for e in examples], max_new_tokens) if metrics else []

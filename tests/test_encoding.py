@@ -63,7 +63,7 @@ def test_a_profile_has_every_metric_at_every_rank_asked_for_and_leaves_the_facto
     write_adapter(model, read_peft(ARTIFACTS / "adapters" / "mr-to-text"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     profile = evaluate(model, tokenizer, EXAMPLES, (1, 16), (BLEU, SLOT_COVERAGE), "two", max_new_tokens=24)
-    assert [metric.name for metric in profile.metrics] == [BLEU.name, SLOT_COVERAGE.name, LOSS]
-    assert [metric.higher_is_better for metric in profile.metrics] == [True, True, False]
+    assert [metric.name for metric in profile.metrics] == [LOSS, BLEU.name, SLOT_COVERAGE.name]
+    assert [metric.higher_is_better for metric in profile.metrics] == [False, True, True]
     assert all(set(metric.values) == {1, 16} for metric in profile.metrics)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -40,7 +40,7 @@ class E2E:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples to train and to measure on, and the metrics; the first metric is the one that is shown."""
+    """Examples to train and to measure on, and the metrics besides the loss."""
 
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
