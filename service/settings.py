@@ -195,6 +195,8 @@ def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
 def _describe(error: ValidationError) -> list[str]:
     lines = []
     for item in error.errors(include_url=False, include_context=False):
+        if item["type"] == "default_factory_not_called":
+            continue  # a default that follows from other settings, which are wrong and told themselves
         message = item["msg"].removeprefix("Value error, ")
         where = [str(part) for part in item["loc"]]
         if where:
