@@ -62,7 +62,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.engine.start()
     # In the background, so that /health and /ready answer meanwhile and the base model serves at once.
-    loading = asyncio.create_task(asyncio.to_thread(_load, services.registry))
+    loading = asyncio.create_task(asyncio.to_thread(_load, services))
     try:
         yield
     finally:
@@ -71,9 +71,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await loading
 
 
-def _load(registry: AdapterRegistry) -> None:
+def _load(services: Services) -> None:
     try:
-        registry.load_all(_log_loaded)
+        services.registry.load_all(_log_loaded, services.draining.is_set)
     except Exception:
         # /ready stays 503 and names no adapter as served: an operator sees it there and here.
         logger.exception("loading the stored adapters failed")
@@ -97,6 +97,10 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:
+        # FastAPI's word for a body that Python's JSON reader gives up on: not UTF-8, or nested too deep.
+        body = {"error": "body: not JSON: not UTF-8, or nested too deep", "error_type": "validation"}
+        return _answer(request, 422, body)
     kinds = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     body = {"error": str(error.detail), "error_type": kinds.get(error.status_code, "validation")}
     return _answer(request, error.status_code, body, dict(error.headers or {}))
@@ -115,6 +119,7 @@ async def _on_bug(request: Request, error: Exception) -> JSONResponse:
 
 
 def _answer(request: Request, status: int, body: dict[str, str], headers: dict[str, str] | None = None) -> JSONResponse:
-    if request.method == "POST" and request.url.path in routes_generate.GENERATING_PATHS:
+    is_generating = request.method == "POST" and request.url.path in routes_generate.GENERATING_PATHS
+    if is_generating and not routes_generate.is_submitted(request):  # else its terminal event is counted
         request.app.state.services.metrics.refused()
     return JSONResponse(body, status, headers)

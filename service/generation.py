@@ -97,12 +97,16 @@ def _sampling(services: Services, parameters: GenerateParameters, prompt_tokens:
             raise InvalidRequest("max_new_tokens", f"{new_tokens} is above this server's limit; legal: 1 to {limit}")
         new_tokens = limit
     context = services.engine.model.max_context_tokens
+    if new_tokens >= context:
+        raise InvalidRequest(
+            "max_new_tokens", f"{new_tokens} leaves no prompt in the context of {context} tokens; legal: 1 to {context - 1}"
+        )
     if prompt_tokens + new_tokens > context:
         raise InvalidRequest(
             "inputs",
             f"{prompt_tokens} prompt tokens and max_new_tokens {new_tokens} make {prompt_tokens + new_tokens}, above "
             f"the context of {context} tokens; shorten the prompt, lower max_new_tokens, or set truncate to at most "
-            f"{max(context - new_tokens, 1)}",
+            f"{context - new_tokens}",
         )
     do_sample = parameters.is_sampling
     temperature = parameters.temperature
@@ -112,7 +116,8 @@ def _sampling(services: Services, parameters: GenerateParameters, prompt_tokens:
         temperature=temperature if do_sample and temperature is not None else 1.0,
         top_k=parameters.top_k,
         top_p=1.0 if parameters.top_p is None else parameters.top_p,
-        seed=secrets.randbits(63) if parameters.seed is None else parameters.seed,
+        # 53 bits: what every JSON reader keeps exactly.
+        seed=secrets.randbits(53) if parameters.seed is None else parameters.seed,
         stop=tuple(parameters.stop),
         ignore_eos=parameters.ignore_eos_token,
     )

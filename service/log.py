@@ -42,3 +42,5 @@ def configure(level: LogLevel) -> None:
         each.handlers = [handler]
         each.setLevel(level.upper())
         each.propagate = False
+    if level is LogLevel.INFO:
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and stop are told in our own words

@@ -48,7 +48,7 @@ class Metrics:
         self._quality = Gauge("dylora_adapter_quality", "Measured quality.", (*by_rank, "metric"), registry=self.registry)
         self._merge_s = self._histogram("merge_seconds", "Computing merged weights.", (), _FAST_SECONDS)
         self._step_s = self._histogram("step_seconds", "One step of the engine.", ("phase",), _FAST_SECONDS)
-        self._rows = self._histogram("batch_rows", "Rows that made a token in a step.", (), _ROWS)
+        self._rows = self._histogram("batch_rows", "Decode rows in a step.", (), _ROWS)
         self._load_s = self._histogram("adapter_load_seconds", "Loading an adapter.", (), _SECONDS)
         self._by_adapter = (self._requests, self._request_s, self._first_s, self._gap_s, self._quality)
 

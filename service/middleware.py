@@ -43,7 +43,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
-        self._max_upload_bytes = max_upload_bytes + _UPLOAD_OVERHEAD_BYTES
+        self._max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -53,6 +53,7 @@ class BodyLimit:
         is_upload = scope["method"] == "PUT" and scope["path"].startswith("/adapters/")
         limit = self._max_upload_bytes if is_upload else self._max_body_bytes
         message = f"the body is larger than the limit of {limit} bytes"
+        limit += _UPLOAD_OVERHEAD_BYTES if is_upload else 0
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and (len(length) > 18 or int(length) > limit):
             # The unread body makes the connection useless: say so.

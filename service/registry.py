@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
@@ -77,14 +77,6 @@ class RegistryObserver(Protocol):
         """The name is gone."""
 
 
-@dataclass
-class _Writing:
-    """Names with a write under way."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    names: set[str] = field(default_factory=set)
-
-
 class AdapterRegistry:
     """The adapters that requests can name. Reads never wait; writes are made one after another.
 
@@ -98,7 +90,8 @@ class AdapterRegistry:
         self._observer = observer
         self._served: Mapping[str, ServedAdapter] = MappingProxyType({})
         self._change = threading.Lock()
-        self._writing = _Writing()
+        self._names_lock = threading.Lock()
+        self._writing: set[str] = set()
         self._is_loaded = threading.Event()
 
     # Reads
@@ -145,17 +138,24 @@ class AdapterRegistry:
 
     # Writes
 
-    def load_all(self, progress: Callable[[ServedAdapter, int, int], None] | None = None) -> None:
+    def load_all(
+        self,
+        progress: Callable[[ServedAdapter, int, int], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Load everything in the store. An adapter that doesn't fit is kept and listed as unfit.
 
         Args:
             progress: told of each adapter, how many are done, and of how many.
+            should_stop: asked before each; the rest is left where it is.
         """
         with self._change:
             for name, error in self._store.broken.items():
                 self._serve(ServedAdapter(name, None, AdapterState.UNFIT, RankFacts(()), str(error)))
         stored = self._store.list()
         for done, each in enumerate(stored, start=1):
+            if should_stop():
+                return
             with self._change:
                 served = self._load_stored(each)
                 self._serve(served)
@@ -175,15 +175,15 @@ class AdapterRegistry:
         _check_name(name)
         if not self.is_loaded:
             raise NotReady
-        with self._writing.lock:
-            if name in self._writing.names:
+        with self._names_lock:
+            if name in self._writing:
                 raise AdapterBusy(name)
-            self._writing.names.add(name)
+            self._writing.add(name)
         try:
             yield
         finally:
-            with self._writing.lock:
-                self._writing.names.discard(name)
+            with self._names_lock:
+                self._writing.discard(name)
 
     def put(self, name: str, folder: Path, *, renest: bool = True) -> tuple[ServedAdapter, bool]:
         """Store and serve what lies in a folder; True beside it if the name is new. Call inside `writing`.

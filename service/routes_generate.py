@@ -72,7 +72,14 @@ async def _streamed(body: GenerateRequest, request: Request, services: Services)
 
 
 async def _submit(body: GenerateRequest, request: Request, services: Services) -> Submitted:
-    return await submit(services, body, request.headers, request.state.request_id)
+    submitted = await submit(services, body, request.headers, request.state.request_id)
+    request.state.is_submitted = True
+    return submitted
+
+
+def is_submitted(request: Request) -> bool:
+    """The engine took the request, and its end is counted there."""
+    return getattr(request.state, "is_submitted", False)
 
 
 class _ClosingResponse(StreamingResponse):

@@ -1,5 +1,7 @@
 """Runs the application under uvicorn, and ends it without dropping what runs."""
 
+import os
+import socket
 import threading
 from types import FrameType
 
@@ -34,12 +36,20 @@ class DrainingServer(uvicorn.Server):
         self.all_ended = True
         """Whether every request in flight ended by itself."""
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Bind, and say where."""
+        await super().startup(sockets)
+        if self.started:
+            host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+            logger.info("%s", "listening " + pairs(url=f"http://{host}:{self.bound_port()}"))
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal. uvicorn's own would close the listener first, and raise the signal again at the end."""
         if self._services.draining.is_set():
-            self.all_ended = False
-            self.should_exit = self.force_exit = True
-            return
+            logger.warning("second signal: ending at once, whatever runs")
+            # A step can take seconds and no thread can be interrupted. Nothing is lost by this: what the store has
+            # acknowledged survives a kill at any moment.
+            os._exit(1)
         self._services.draining.set()
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
 

@@ -220,7 +220,7 @@ def _unpack(archive: Path, folder: Path, max_bytes: int) -> Path:
     target = folder / "unpacked"
     target.mkdir()
     with archive.open("rb") as file:
-        unpack_zip(file, target, max_bytes=max_bytes + 2 * _SMALL_FILE_BYTES)
+        unpack_zip(file, target, max_bytes=max_bytes)
     return target
 
 

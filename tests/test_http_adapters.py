@@ -278,7 +278,7 @@ def test_the_second_of_two_uploads_of_a_name_is_409(tmp_path: Path, folder: Path
         )
         slow.start()
         assert is_reading.wait(10)
-        while not server.services.registry._writing.names:
+        while not list((tmp_path / "store" / "tmp").iterdir()):  # its folder: the server has claimed the name
             server.client.get("/health")
         second = server.client.put("/adapters/demo", files=files_of(folder))
         deleted = server.client.delete("/adapters/demo")

@@ -1,12 +1,13 @@
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from service.core import FinishReason
+from service.core import FinishReason, GenerationRequest
 from service.fake_engine import FakeEngine
 from tests.http_harness import Server, adapter, in_process, on_socket
 
@@ -144,7 +145,7 @@ def test_stop_keeps_its_text_and_full_text_has_the_prompt(server: Server) -> Non
 
 def test_neutral_values_of_what_is_not_served_are_accepted(server: Server) -> None:
     """What LoRAX's client sends with every request."""
-    neutral = {
+    neutral: dict[str, Any] = {
         "adapter_id": None, "adapter_source": None, "merged_adapters": None, "api_token": None, "do_sample": False,
         "max_new_tokens": 5, "ignore_eos_token": False, "repetition_penalty": None, "return_full_text": False,
         "stop": [], "seed": None, "temperature": None, "top_k": None, "top_p": None, "truncate": None, "typical_p": None,
@@ -156,7 +157,7 @@ def test_neutral_values_of_what_is_not_served_are_accepted(server: Server) -> No
 
 
 def test_the_stream_is_the_whole_answer_in_pieces(server: Server) -> None:
-    parameters = {"adapter_id": "demo", "rank": 2, "max_new_tokens": 6}
+    parameters: dict[str, Any] = {"adapter_id": "demo", "rank": 2, "max_new_tokens": 6}
     whole = server.generate(details=True, **parameters).json()
     response = server.client.post("/generate_stream", json={"inputs": "hello", "parameters": parameters})
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -232,28 +233,25 @@ def test_a_client_that_leaves_a_running_stream_frees_its_place(tmp_path: Path) -
 
 
 def test_a_full_queue_is_503_with_retry_after(tmp_path: Path) -> None:
-    with on_socket(tmp_path, engine=FakeEngine(max_running=1, max_waiting=0)) as (server, _), server.engine.paused():
-        with pytest.raises(httpx.ReadTimeout):
-            server.client.post("/generate", json={"inputs": "x"}, timeout=0.3)
-        assert server.engine.wait_until(lambda stats: stats.running == 0)
-        with httpx.Client(base_url=server.client.base_url) as other, other.stream("GET", "/health"):
-            server.engine.submit(server.engine.submitted[0], lambda event: None)
-            response = server.generate()
+    with in_process(tmp_path, engine=FakeEngine(max_running=1, max_waiting=0)) as server, server.engine.paused():
+        server.engine.submit(GenerationRequest("first", (1,)), lambda event: None)
+        response = server.generate()
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert response.json()["error_type"] == "overloaded"
 
 
 def test_loading_is_not_ready_and_serves_the_base(tmp_path: Path) -> None:
     engine = FakeEngine()
-    with engine.hold_loads(), in_process(tmp_path, engine=engine, wait=False) as server:
-        try:
-            assert server.client.get("/ready").status_code == 503
-            assert server.client.get("/health").status_code == 200
-            assert server.generate().status_code == 200
-            response = server.generate(adapter_id="demo")
-            assert (response.status_code, response.json()["error_type"]) == (503, "unavailable")
-        finally:
-            engine._loads_allowed.set()
+    held = ExitStack()
+    held.enter_context(engine.hold_loads())
+    with in_process(tmp_path, engine=engine, wait=False) as server, held:
+        assert server.client.get("/ready").status_code == 503
+        assert server.client.get("/health").status_code == 200
+        assert server.generate().status_code == 200
+        response = server.generate(adapter_id="demo")
+        assert (response.status_code, response.json()["error_type"]) == (503, "unavailable")
+        assert server.client.put("/adapters/new").status_code == 503
+        held.close()
         assert server.services.registry.wait_loaded(10)
         assert server.client.get("/ready").status_code == 200
         assert server.generate(adapter_id="demo").status_code == 200
@@ -272,6 +270,7 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "parameters": {"max_new_tokens": 0}}, 422, "max_new_tokens: 0 is not legal"),
     ({"inputs": "x", "parameters": {"max_new_tokens": "5"}}, 422, "max_new_tokens: '5' is not legal"),
     ({"inputs": "x", "parameters": {"max_new_tokens": 101}}, 422, "legal: 1 to 100"),
+    ({"inputs": "x" * 150, "parameters": {"max_new_tokens": 60}}, 422, "set truncate to at most 140"),
     ({"inputs": "x" * 190}, 422, "above the context of 200 tokens"),
     ({"inputs": "x", "parameters": {"temperature": -1}}, 422, "temperature: -1"),
     ({"inputs": "x", "parameters": {"temperature": 1e-9}}, 422, "must be 0 (greedy) or at least 0.0001"),
@@ -304,7 +303,11 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "parameters": {"repetition_penalty": 1.2}}, 422, "repetition_penalty: 1.2"),
     ({"inputs": "x", "parameters": {"frequency_penalty": 0.1}}, 422, "frequency_penalty: 0.1"),
     ({"inputs": "x", "parameters": {"typical_p": 0.9}}, 422, "typical_p: 0.9"),
-    ({"inputs": "x", "parameters": {"best_of": 2}}, 422, "best_of: 2 is not legal: not available in this version; legal: null or 1"),
+    (
+        {"inputs": "x", "parameters": {"best_of": 2}},
+        422,
+        "best_of: 2 is not legal: not available in this version; legal: null or 1",
+    ),
     ({"inputs": "x", "parameters": {"watermark": True}}, 422, "watermark: True"),
     ({"inputs": "x", "parameters": {"decoder_input_details": True}}, 422, "decoder_input_details: True"),
     ({"inputs": "x", "parameters": {"top_n_tokens": 3}}, 422, "top_n_tokens: 3"),
@@ -360,8 +363,8 @@ def test_a_bad_header_is_told_what_is_wrong(server: Server, headers: dict[str, s
         (b"{", "application/json", 422, "body: not JSON"),
         (b"", "application/json", 422, "body"),
         (b'{"inputs": "x"}', "application/x-www-form-urlencoded", 422, "sent with Content-Type: application/json"),
-        (b'{"inputs": "\xff"}', "application/json", 400, "body"),
-        (b"[" * 100_000, "application/json", 400, "body"),
+        (b'{"inputs": "\xff"}', "application/json", 422, "body: not JSON"),
+        (b"[" * 100_000, "application/json", 422, "body: not JSON"),
         (b'{"inputs": "' + b"x" * 3_000_000 + b'"}', "application/json", 413, "limit of 2097152 bytes"),
     ],
 )

@@ -1,0 +1,97 @@
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.log import logger, pairs
+from service.schemas import CompatRequest, GenerateParameters
+from tests.http_harness import Server, in_process
+
+
+@pytest.fixture
+def service_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the service logs, whatever `configure` did in this process before."""
+    handlers, propagates = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [], True
+    with caplog.at_level(logging.INFO, logger.name):
+        yield caplog
+    logger.handlers, logger.propagate = handlers, propagates
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with in_process(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+def test_the_playground_needs_nothing_from_elsewhere(server: Server) -> None:
+    response = server.client.get("/")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert re.search(r"script-src 'sha256-[\w+/=]{44}';", policy)
+    assert "unsafe" not in policy
+    links = re.findall(r"(?:src|href)=\"([^\"]+)\"|https?://\S+", response.text)
+    assert {link for link in links if link} == {"data:,"}
+    assert not re.search(r"\son\w+=|\sstyle=", response.text)
+
+
+def test_info_has_the_facts_clients_look_for(server: Server) -> None:
+    info = server.client.get("/info").json()
+    assert (info["model_id"], info["model_dtype"], info["max_total_tokens"]) == ("fake", "float32", 512)
+    assert (info["policies"], info["default_policy"]) == (["budget", "max", "quality"], "quality")
+
+
+def test_readiness_follows_draining(tmp_path: Path) -> None:
+    with in_process(tmp_path) as server:
+        assert server.client.get("/ready").json() == {"status": "ready"}
+        server.services.draining.set()
+        response = server.client.get("/ready")
+        assert (response.status_code, response.json()["error"]) == (503, "the server is draining")
+        assert server.generate().status_code == 503
+        assert server.client.get("/health").status_code == 200
+
+
+def test_a_bug_is_a_500_that_tells_only_the_request_id(tmp_path: Path, service_log: pytest.LogCaptureFixture) -> None:
+    with in_process(tmp_path) as server:
+        server.engine.encode = None  # type: ignore[method-assign, assignment]
+        response = server.generate("the secret prompt", headers={"X-Request-Id": "abc"})
+        assert response.status_code == 500
+        assert response.json() == {"error": "internal error; the server's log has it under abc", "error_type": "internal"}
+        assert response.headers["x-request-id"] == "abc"
+        assert "the secret prompt" not in service_log.text
+
+
+def test_the_openapi_document_has_every_field_and_route(server: Server) -> None:
+    document = server.client.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    assert set(schemas["GenerateParameters"]["properties"]) == set(GenerateParameters.model_fields)
+    assert set(schemas["CompatRequest"]["properties"]) == set(CompatRequest.model_fields)
+    assert {path: sorted(methods) for path, methods in document["paths"].items()} == {
+        "/": ["post"],
+        "/generate": ["post"],
+        "/generate_stream": ["post"],
+        "/adapters": ["get"],
+        "/adapters/{name}": ["delete", "get", "put"],
+        "/adapters/{name}/export": ["get"],
+        "/health": ["get"],
+        "/ready": ["get"],
+        "/info": ["get"],
+        "/metrics": ["get"],
+    }
+
+
+def test_a_log_line_can_not_be_forged() -> None:
+    line = pairs(a="x y=1\nz", b=None, c=0.5, d='"')
+    assert line == 'a="x y=1\\nz" c=0.5000 d="\\""'
+
+
+def test_requests_are_logged_once_without_their_text(tmp_path: Path, service_log: pytest.LogCaptureFixture) -> None:
+    with in_process(tmp_path) as server:
+        text = server.generate("the secret prompt", adapter_id="demo", rank=2, headers={"X-Request-Id": "abc"}).json()
+    lines = [record.getMessage() for record in service_log.records if "request_id=abc" in record.getMessage()]
+    assert len(lines) == 1
+    assert "adapter=demo rank=2 mode=merged prompt_tokens=17 generated_tokens=20" in lines[0]
+    assert "secret" not in service_log.text
+    assert text["generated_text"] not in service_log.text
