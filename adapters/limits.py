@@ -21,7 +21,7 @@ class CheckpointLimits:
     max_rank: int = 256
     max_bytes: int = 1 << 30
     max_tensors: int = 16_384
-    max_header_bytes: int = 8 << 20
+    max_header_bytes: int = 4 << 20
     max_config_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
     python -m tests.store_worker ROOT UPLOAD UPLOAD
 
 Reads one line per victim from standard input: `loop` puts the two uploads in turn for ever; a number N makes the victim kill
-itself just before its Nth dealing with the file system in one `put` of the second upload. Each victim's pid is written to standard
+itself just before its Nth change of the file system in one `put` of the second upload. Each victim's pid is written to standard
 output as `pid P`, each acknowledged version as `ack VERSION`, its end as `end STATUS`. torch is imported once, whatever the number of victims.
 """
 
@@ -12,10 +12,17 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 from adapters.store import AdapterStore
 
-_WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "os.listdir", "fcntl.flock"}
+_WATCHED = frozenset(
+    {
+        *("open", "write", "writelines", "flush", "close", "truncate", "fsync", "serialize_file"),
+        *("rename", "replace", "unlink", "mkdir", "rmdir", "flock"),
+    }
+)
+"""Built-in functions, by name, that change a file or a folder."""
 
 
 def _say(line: str) -> None:
@@ -23,14 +30,14 @@ def _say(line: str) -> None:
 
 
 def _die_before(nth: int) -> None:
-    """Arrange for SIGKILL before the nth audited dealing with the file system from now on."""
+    """Arrange for SIGKILL before the nth call from now on that changes the file system."""
     left = itertools.count(nth - 1, -1)
 
-    def hook(event: str, args: tuple[object, ...]) -> None:
-        if event in _WATCHED and next(left) == 0:
+    def on_event(frame: FrameType, event: str, called: object) -> None:
+        if event == "c_call" and getattr(called, "__name__", "") in _WATCHED and next(left) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(hook)
+    sys.setprofile(on_event)
 
 
 def _victim(order: str, root: Path, uploads: list[Path]) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE, describe_peft, read_peft, write_peft
 from adapters.config import AdapterKind
 from adapters.convert import renest
 from adapters.errors import InvalidAdapter
+from adapters.peft_config import pattern_value
 from adapters.quality import Metric, QualityProfile
 from tests.checkpoints import (
     OUT,
@@ -118,6 +120,17 @@ def test_half_precision_is_kept_where_nothing_is_folded(tmp_path: Path) -> None:
     scaled = read_peft(write_folder(tmp_path / "2", plain_config(lora_alpha=5), halves))
     assert scaled.modules[PATH_Q].b.dtype is torch.float32
     assert torch.equal(scaled.modules[PATH_Q].b, unscaled.modules[PATH_Q].b.float() * (5 / R))
+
+
+@pytest.mark.parametrize(
+    "path", ["model.layers.1.q_proj", "layers.1.q_proj", "model.layers.11.q_proj", "model.xq_proj", "q_proj"]
+)
+def test_patterns_match_as_stock_peft_matches_them(path: str) -> None:
+    keys = ["^layers.1.q_proj", r"layers\.1\.q_proj$", "model.layers.11.q_proj", "^model.q_proj", "q_proj", "proj"]
+    for start in range(len(keys)):
+        pattern = {key: key for key in keys[start:]}
+        expected = get_pattern_key(list(pattern), path)  # the path itself where nothing matches
+        assert pattern_value(pattern, path) == pattern.get(expected)
 
 
 def test_ranks_come_from_the_tensors_where_a_pattern_is_a_regex(tmp_path: Path) -> None:

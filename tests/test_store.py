@@ -362,7 +362,7 @@ def killer(root: Path, uploads: list[Path]) -> Iterator[Killer]:
             process.kill()
 
 
-def test_killed_before_any_dealing_with_the_file_system_a_put_is_done_or_not_begun(tmp_path: Path) -> None:
+def test_killed_before_any_change_of_the_file_system_a_put_is_done_or_not_begun(tmp_path: Path) -> None:
     uploads = [upload(tmp_path / str(seed), seed=seed) for seed in range(2)]
     with open_store(tmp_path / "s") as store:
         new = store.put("a", uploads[1]).version
