@@ -64,7 +64,8 @@ def unpack_zip(file: BinaryIO, folder: Path, *, max_bytes: int) -> None:
 
 def pack_zip(folder: Path, target: Path) -> None:
     """Pack an adapter's files into a new zip, uncompressed (tensors do not compress) and with fixed dates, so that the same
-    files give the same bytes."""
+    files give the same bytes.
+    """
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name in ADAPTER_FILES:
             if (folder / name).is_file():
@@ -97,9 +98,7 @@ def _choose(entries: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
         raise AdapterTooLarge([f"the zip has {len(entries)} entries, the limit is {_MAX_ENTRIES}"])
     problems = [f"zip entry {entry.orig_filename[:120]!a}: {why}" for entry in entries if (why := _suspicion(entry))]
     names = [str(PurePosixPath(entry.filename)) for entry in entries]  # one spelling for "a/b", "./a//b"
-    problems += [
-        f"zip entry {name[:120]!a}: appears more than once" for name in sorted(set(names)) if names.count(name) > 1
-    ]
+    problems += [f"zip entry {name[:120]!a}: appears more than once" for name in sorted(set(names)) if names.count(name) > 1]
     if problems:
         raise InvalidAdapter(problems)
     files = [entry for entry in entries if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")]
@@ -111,9 +110,7 @@ def _choose(entries: Sequence[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     missing = [name for name in (CONFIG_FILE, TENSORS_FILE) if name not in chosen]
     if missing:
         found = ", ".join(ascii(entry.filename[:80]) for entry in files[:10]) or "nothing"
-        raise InvalidAdapter(
-            [f"the zip lacks {name} at its top level or in one folder; found {found}" for name in missing]
-        )
+        raise InvalidAdapter([f"the zip lacks {name} at its top level or in one folder; found {found}" for name in missing])
     return chosen
 
 

@@ -80,7 +80,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelRefused(shown, [f"it could not be loaded: {_first_line(error)}"]) from error
-    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of .to is typed as a plain function
+    model.to(device)
     return prepare_model(model, tokenizer, name=shown, max_context_tokens=max_context_tokens)
 
 

@@ -51,9 +51,7 @@ def test_files_may_lie_at_the_top_or_in_one_folder(tmp_path: Path, prefix: str) 
         "__MACOSX/._adapter_config.json": b"x",
         f"{prefix}checkpoint-1/nested/{CONFIG_FILE}": b"x",
     }
-    unpack_zip(
-        make_zip({prefix + name: content for name, content in FILES.items()} | others), tmp_path, max_bytes=10_000
-    )
+    unpack_zip(make_zip({prefix + name: content for name, content in FILES.items()} | others), tmp_path, max_bytes=10_000)
     assert contents(tmp_path) == FILES
 
 
@@ -169,9 +167,7 @@ def test_too_many_entries_are_refused(tmp_path: Path) -> None:
     ],
     ids=["directory size", "zip64"],
 )
-def test_a_directory_that_claims_too_much_is_refused_unread(
-    tmp_path: Path, edit: Callable[[bytearray, int], None]
-) -> None:
+def test_a_directory_that_claims_too_much_is_refused_unread(tmp_path: Path, edit: Callable[[bytearray, int], None]) -> None:
     raw = bytearray(make_zip(FILES).getvalue())
     edit(raw, raw.rindex(b"PK\x05\x06"))
     with pytest.raises(AdapterTooLarge, match="directory is too large"):
@@ -183,9 +179,7 @@ GOOD = make_zip(FILES | {"README.md": b"hello"}).getvalue()
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_whatever_the_bytes_only_invalid_adapter_escapes(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_whatever_the_bytes_only_invalid_adapter_escapes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     raw = bytearray(GOOD)
     for _ in range(data.draw(st.integers(0, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))

@@ -205,7 +205,7 @@ def test_quality_travels_with_the_adapter(tmp_path: Path) -> None:
 
 
 def test_a_dylora_with_uneven_columns_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(InvalidAdapter, match="m.v: 2 columns, r_max is 4"):
+    with pytest.raises(InvalidAdapter, match=r"m\.v: 2 columns, r_max is 4"):
         write_peft(random_adapter(AdapterKind.DYLORA, ranks={"m.q": 4, "m.v": 2}), tmp_path)
 
 

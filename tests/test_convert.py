@@ -79,7 +79,7 @@ def test_a_dylora_is_not_renested() -> None:
 
 def test_factors_beyond_float32_are_named() -> None:
     big = LowRank(a=torch.full((2, 100), 3e38), b=torch.full((100, 2), 3e38))
-    with pytest.raises(InvalidAdapter, match="m.big: the update is too large for float32"):
+    with pytest.raises(InvalidAdapter, match=r"m\.big: the update is too large for float32"):
         renest(Adapter(AdapterConfig(AdapterKind.LORA, 2, 1.0), {"m.big": big}))
 
 
@@ -198,9 +198,7 @@ def test_a_genuine_trained_lora_keeps_the_energy_that_was_measured(tmp_path: Pat
     """The table of design/method.md, "Ordinary LoRA is not nested"."""
     adapter = read_peft(GENUINE)
     assert len(adapter.modules) == 24
-    assert set(adapter.saved_modules) == {
-        f"classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")
-    }
+    assert set(adapter.saved_modules) == {f"classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("weight", "bias")}
     nested = renest(adapter)
     for found, expected in ((adapter, (0.16, 0.32, 0.58, 1.0)), (nested, (0.49, 0.68, 0.89, 1.0))):
         mean = energy_per_rank(found).mean

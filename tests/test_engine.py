@@ -97,7 +97,7 @@ def test_the_end_of_sequence_token_ends_a_generation_unless_ignored() -> None:
     with running_engine(model) as engine:
         tokens = generate(engine, [request()])[0].tokens
     model = tiny_model("llama")
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokens[20]  # type: ignore[union-attr]
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokens[20]
     first = tokens.index(tokens[20])
     with running_engine(model) as engine:
         ended = generate(engine, [request(sampling=replace(LONG, ignore_eos=False))])[0]

@@ -23,7 +23,7 @@ def stock_tokens(model: PreTrainedModel, request: GenerationRequest) -> list[int
     """Greedy tokens by transformers' own `generate`."""
     ids = torch.tensor([request.prompt_ids])
     count = request.sampling.max_new_tokens
-    out = model.generate(  # type: ignore[operator]
+    out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
@@ -60,7 +60,7 @@ def test_mixed_batch_equals_alone_equals_merged_equals_peft(kind: str, tmp_path:
         if choice is not None and choice not in exported:
             folder = tmp_path / str(number)
             export_rank(adapters[choice.version], choice.rank, folder)
-            exported[choice] = PeftModel.from_pretrained(tiny_model(kind), folder)  # type: ignore[assignment]
+            exported[choice] = PeftModel.from_pretrained(tiny_model(kind), folder)
         assert stock_tokens(exported[choice], request) == tokens, f"request {number}: {choice}"
 
 
@@ -115,6 +115,6 @@ def test_every_variety_of_peft_checkpoint_runs_as_peft_runs_it(kind: str, variet
     with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=0)) as engine:
         merged = [generate(engine, [request])[0].tokens for request in requests]
     stock = PeftModel.from_pretrained(tiny_model(kind), folder)
-    expected = [stock_tokens(stock if request.adapter else tiny_model(kind), request) for request in requests]  # type: ignore[arg-type]
+    expected = [stock_tokens(stock if request.adapter else tiny_model(kind), request) for request in requests]
     assert mixed == expected
     assert merged == expected

@@ -77,10 +77,10 @@ def test_each_row_gets_its_own_adapter_and_rank() -> None:
     with lora_step(bank.step(choices, lengths, sampled)):
         mixed = toy(ids)[0].split(lengths)
     fresh = Toy()
-    for each, rows, got in zip(choices, ids[0].split(lengths), mixed, strict=True):
-        weights = None if each is None else merge(adapters[each.version], each, bank.site)
+    for chosen, rows, got in zip(choices, torch.split(ids[0], lengths), mixed, strict=True):
+        weights = None if chosen is None else merge(adapters[chosen.version], chosen, bank.site)
         with lora_step(weights):
-            expected = (fresh if each is None else toy)(rows[None])[0]
+            expected = (fresh if chosen is None else toy)(rows[None])[0]
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

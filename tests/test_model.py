@@ -34,7 +34,7 @@ def small_model(model_type: str, **fields: Any) -> PreTrainedModel:
     }
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**common, **fields})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model.train(False)
 
 
@@ -128,5 +128,5 @@ def test_a_genuine_model_gives_transformers_and_pefts_tokens_at_every_rank(tmp_p
         if asked.adapter is not None and asked.adapter not in stock:
             export_rank(adapters[asked.adapter.version], asked.adapter.rank, tmp_path / str(number))
             base = AutoModelForCausalLM.from_pretrained(STORIES)
-            stock[asked.adapter] = PeftModel.from_pretrained(base, tmp_path / str(number))  # type: ignore[assignment]
+            stock[asked.adapter] = PeftModel.from_pretrained(base, tmp_path / str(number))
         assert stock_tokens(stock[asked.adapter], asked) == tokens

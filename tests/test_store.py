@@ -39,8 +39,7 @@ def open_store(root: Path, **settings: int) -> AdapterStore:
 
 def same(one: Adapter, other: Adapter) -> bool:
     return one.config == other.config and all(
-        torch.equal(m.a, other.modules[path].a) and torch.equal(m.b, other.modules[path].b)
-        for path, m in one.modules.items()
+        torch.equal(m.a, other.modules[path].a) and torch.equal(m.b, other.modules[path].b) for path, m in one.modules.items()
     )
 
 
@@ -70,9 +69,7 @@ def test_what_is_put_is_listed_and_loaded_also_by_the_next_process(tmp_path: Pat
         (AdapterKind.RENESTED, True, AdapterKind.RENESTED),
     ],
 )
-def test_only_a_plain_lora_is_renested(
-    tmp_path: Path, kind: AdapterKind, renest_it: bool, expected: AdapterKind
-) -> None:
+def test_only_a_plain_lora_is_renested(tmp_path: Path, kind: AdapterKind, renest_it: bool, expected: AdapterKind) -> None:
     with open_store(tmp_path / "s") as store:
         stored = store.put("a", upload(tmp_path / "u", kind=kind), renest=renest_it)
         assert stored.config.kind is expected
@@ -178,9 +175,7 @@ def test_limits_of_count_bytes_and_rank(tmp_path: Path) -> None:
         store.put("b", one)  # the same version takes no more room
         assert [stored.name for stored in store.list()] == ["a", "b"]
     with (
-        AdapterStore(
-            tmp_path / "r", max_adapters=1, max_total_bytes=1 << 30, limits=CheckpointLimits(max_rank=1)
-        ) as store,
+        AdapterStore(tmp_path / "r", max_adapters=1, max_total_bytes=1 << 30, limits=CheckpointLimits(max_rank=1)) as store,
         pytest.raises(InvalidAdapter, match="rank 2, the limit is 1"),
     ):
         store.put("a", one)

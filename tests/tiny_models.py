@@ -94,15 +94,13 @@ def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            tiny_config(kind), dtype=torch.float32
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
         # Biases and norm weights start as zeros and ones; move them, so that a lost or doubled one shows.
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
             assert torch.isfinite(parameter).all(), name
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     model.requires_grad_(False)
     return model
 
@@ -149,7 +147,7 @@ def random_peft_adapter(
 
 
 def stock_logits(kind: str, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """What stock PEFT computes with the adapter in `folder` on `tiny_model(kind)`; tokens [rows, length] to logits [.., VOCAB]."""
+    """What stock PEFT computes with the adapter in `folder` on `tiny_model(kind)`; [rows, length] to [rows, length, VOCAB]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of our own block in the config, which it ignores
         model = PeftModel.from_pretrained(tiny_model(kind), str(folder)).eval()
