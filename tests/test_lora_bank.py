@@ -75,12 +75,12 @@ def test_each_row_gets_its_own_adapter_and_rank() -> None:
     sampled = torch.tensor([0, 3, sum(lengths) - 1])
 
     with lora_step(bank.step(choices, lengths, sampled)):
-        mixed = toy(ids)[0].split(lengths)
+        mixed = torch.split(toy(ids)[0], lengths)
     fresh = Toy()
-    for chosen, rows, got in zip(choices, torch.split(ids[0], lengths), mixed, strict=True):
-        weights = None if chosen is None else merge(adapters[chosen.version], chosen, bank.site)
+    for asked, rows, got in zip(choices, torch.split(ids[0], lengths), mixed, strict=True):
+        weights = None if asked is None else merge(adapters[asked.version], asked, bank.site)
         with lora_step(weights):
-            expected = (fresh if chosen is None else toy)(rows[None])[0]
+            expected = (fresh if asked is None else toy)(rows[None])[0]
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

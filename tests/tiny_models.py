@@ -147,7 +147,7 @@ def random_peft_adapter(
 
 
 def stock_logits(kind: str, folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """What stock PEFT computes with the adapter in `folder` on `tiny_model(kind)`; [rows, length] to [rows, length, VOCAB]."""
+    """Stock PEFT's logits with the adapter in `folder` on `tiny_model(kind)`; [rows, length] to [rows, length, VOCAB]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of our own block in the config, which it ignores
         model = PeftModel.from_pretrained(tiny_model(kind), str(folder)).eval()
