@@ -56,6 +56,7 @@ def stock_tokens(model_folder: Path, adapter: Path | None, prompt: str, tokens: 
     """What transformers' own `generate`, with stock PEFT, makes of a prompt."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(model_folder))
     model = AutoModelForCausalLM.from_pretrained(str(model_folder), dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # as `ignore_eos_token` does: the end is a token like any other
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])  # [1, prompt tokens]
