@@ -11,7 +11,6 @@ from adapters.adapter import Adapter, LowRank
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
 from adapters.peft_writer import write_checkpoint, write_peft
-from adapters.quality import Metric, QualityProfile
 
 
 def renest(adapter: Adapter) -> Adapter:
@@ -25,7 +24,7 @@ def renest(adapter: Adapter) -> Adapter:
     can have, comes down to that. Computed in float64, stored in float32. The sign of each column is fixed, so that the
     same factors give the same bytes.
 
-    A quality profile keeps its values at full rank only: those below were measured on other columns.
+    The quality profile is kept: what it says of ranks below the full one can only speak of this form (see quality.py).
 
     Raises:
         InvalidAdapter: a module's factors are too large for float32, by name.
@@ -43,7 +42,7 @@ def renest(adapter: Adapter) -> Adapter:
     config = AdapterConfig(
         kind=AdapterKind.RENESTED, r_max=r_max, alpha=adapter.config.alpha, base_model=adapter.config.base_model
     )
-    quality = _at_full_rank(adapter.quality, r_max) if r_max == adapter.config.r_max else None
+    quality = adapter.quality if r_max == adapter.config.r_max else None
     return replace(adapter, config=config, modules=modules, quality=quality)
 
 
@@ -58,13 +57,6 @@ def _svd_order(module: LowRank) -> LowRank:
     largest = b.gather(0, b.abs().argmax(dim=0, keepdim=True))  # [1, k]
     sign = torch.where(largest < 0, -1.0, 1.0).to(b.dtype)
     return LowRank(a=(a * sign.T).float().contiguous(), b=(b * sign).float().contiguous(), is_embedding=module.is_embedding)
-
-
-def _at_full_rank(profile: QualityProfile | None, r_max: int) -> QualityProfile | None:
-    if profile is None:
-        return None
-    metrics = tuple(Metric(m.name, m.higher_is_better, {r_max: m.values[r_max]}) for m in profile.metrics if r_max in m.values)
-    return QualityProfile(metrics, profile.source) if metrics else None
 
 
 def at_rank(adapter: Adapter, rank: int) -> Adapter:

@@ -3,6 +3,8 @@
 The file, `quality.json` beside PEFT's two files::
 
     {"metrics": [{"name": "rouge_l", "higher_is_better": true, "values": {"1": 0.41, "8": 0.47}}], "source": "E2E dev"}
+
+Beside a plain LoRA, values below its rank are those of the adapter re-nested by SVD: as it came it has one rank only.
 """
 
 import json

@@ -1,8 +1,10 @@
 """Every setting of the server, in one frozen place. The command line and its help are made from these fields."""
 
 import difflib
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -67,8 +69,8 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
 
     adapters_dir: Path = Field(
-        default_factory=lambda: _user_data_folder() / "adapters",
-        description="folder of the adapter store; created if absent",
+        default_factory=lambda data: _default_store(data.get("model", DEMO_MODEL)),
+        description="folder of the adapter store, created if absent; unset: one for each model in the user's data folder",
     )
     demo_adapters: bool = Field(True, description="put the demo's adapters into an empty store (demo model only)")
     max_adapter_bytes: Bytes = Field(ByteSize(512 * MIB), description="largest adapter that may be uploaded")
@@ -151,6 +153,13 @@ class Settings(BaseSettings):
 
 
 _BUILT_IN = ("max", "quality", "budget")
+
+
+def _default_store(model: str) -> Path:
+    """A folder for each base model: the adapters of one do not fit another, and would only be listed as unfit."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", model).strip("-")[-40:]
+    identity = "" if model == DEMO_MODEL else "-" + hashlib.sha256(model.encode()).hexdigest()[:8]
+    return _user_data_folder() / "adapters" / f"{name}{identity}"
 
 
 def _user_data_folder() -> Path:

@@ -4,8 +4,8 @@
 
 Reads one line per victim from standard input: `loop` puts the two uploads in turn for ever; a number N makes the victim kill
 itself just before its Nth change of the file system in one `put` of the second upload. Each victim's pid is written to standard
-output as `pid P`, each acknowledged version as `ack VERSION`, its end as `end STATUS`. torch is imported once, whatever
-the number of victims.
+output as `pid P`, each acknowledged version as `ack VERSION`, its end as `end STATUS`. torch is imported once,
+whatever the number of victims.
 """
 
 import itertools

@@ -83,10 +83,11 @@ def test_factors_beyond_float32_are_named() -> None:
         renest(Adapter(AdapterConfig(AdapterKind.LORA, 2, 1.0), {"m.big": big}))
 
 
-def test_only_the_quality_at_full_rank_outlives_renesting() -> None:
+def test_a_quality_profile_outlives_renesting_and_not_a_cut() -> None:
     quality = QualityProfile((Metric("f1", True, {1: 0.1, 4: 0.9}), Metric("acc", True, {2: 0.5})), "dev")
     nested = renest(replace(random_adapter(AdapterKind.LORA), quality=quality))
-    assert nested.quality == QualityProfile((Metric("f1", True, {4: 0.9}),), "dev")
+    assert nested.quality == quality
+    assert at_rank(nested, 2).quality is None
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -36,7 +36,14 @@ def test_every_setting_is_described() -> None:
 
 def test_the_adapters_folder_follows_the_xdg_convention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert Settings.load().adapters_dir == tmp_path / "dylora" / "adapters"
+    assert Settings.load().adapters_dir == tmp_path / "dylora" / "adapters" / "demo"
+
+
+def test_each_base_model_has_an_adapters_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folders = [Settings.load({"model": model}).adapters_dir for model in ("org/name", "org-name", "../../x", "demo")]
+    assert len(set(folders)) == 4
+    assert {folder.parent for folder in folders} == {tmp_path / "dylora" / "adapters"}
 
 
 @pytest.mark.parametrize(
