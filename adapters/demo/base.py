@@ -1,0 +1,178 @@
+"""The demo's base model: a Llama of 3.5 million parameters that knows restaurant sentences, and no task.
+
+It sees E2E's references as plain text. All references of one meaning make one document, one reference a line: from the
+second line on the facts are already told, so the model learns to carry them over, which is what the adapters build on.
+The meaning representations are seen too, each a document of its own, so that their brackets have trained embeddings;
+never beside a reference: pairing the two is the adapters' task.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from adapters.data import Example
+from adapters.muon import Muon
+
+EOS = "<|end|>"
+NEWLINE = "\n"
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """What the base is made of; the defaults are the shipped one's."""
+
+    vocab_size: int = 1536
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    layers: int = 4
+    heads: int = 4
+    context_tokens: int = 512
+    block_tokens: int = 512
+    batch_blocks: int = 8
+    steps: int = 320
+    warmup_share: float = 0.05
+    matrix_learning_rate: float = 6e-3
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    seed: int = 1
+
+
+def train_tokenizer(examples: Sequence[Example], vocab_size: int, context_tokens: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over references and meaning representations, with one special token: the end of a text."""
+    tokenizer = Tokenizer(models.BPE())
+    # Split ahead of BPE as GPT-2 does; no prefix space, so that decode(encode(text)) == text.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # A completion follows its prompt after a space: count each sentence's first word with a space and without.
+    refs = (text for e in examples for ref in e.completions for text in (ref, " " + ref))
+    mrs = (text for e in examples for text in (e.prompt, " " + e.prompt))
+    tokenizer.train_from_iterator(itertools.chain(refs, mrs), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens)
+
+
+def documents(examples: Sequence[Example], rng: random.Random) -> Iterator[str]:
+    """One epoch of texts in random order: per meaning its references shuffled, one a line; and the bare meanings."""
+    texts = [NEWLINE.join(rng.sample(e.completions, len(e.completions))) for e in examples]
+    texts += [e.prompt for e in examples]
+    rng.shuffle(texts)
+    return iter(texts)
+
+
+def blocks(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, block_tokens: int, seed: int) -> Iterator[Tensor]:
+    """Endless blocks of packed documents, [block_tokens] each, reshuffled every epoch."""
+    rng = random.Random(seed)
+    buffer: list[int] = []
+    while True:
+        for text in documents(examples, rng):
+            buffer += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+            while len(buffer) >= block_tokens:
+                yield torch.tensor(buffer[:block_tokens])
+                buffer = buffer[block_tokens:]
+
+
+def new_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with fresh weights, its embeddings tied."""
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            max_position_embeddings=recipe.context_tokens,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train_base(
+    train: Sequence[Example], dev: Sequence[Example], recipe: BaseRecipe
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
+    """Train tokenizer and model from nothing.
+
+    Returns:
+        the model in fp32, its tokenizer, and the loss per token on packed dev documents (nats).
+    """
+    tokenizer = train_tokenizer(train, recipe.vocab_size, recipe.context_tokens)
+    model = new_model(recipe, tokenizer)
+    optimizers = new_optimizers(model, recipe)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            optimizer.param_groups[0]["lr"],
+            total_steps=recipe.steps,
+            pct_start=recipe.warmup_share,
+            cycle_momentum=False,
+        )
+        for optimizer in optimizers
+    ]
+    stream = blocks(train, tokenizer, recipe.block_tokens, recipe.seed)
+    dev_blocks = torch.stack(list(itertools.islice(blocks(dev, tokenizer, recipe.block_tokens, 0), 32)))
+    model.train()
+    progress = tqdm(range(recipe.steps), desc="base", mininterval=2)
+    for step in progress:
+        batch = torch.stack(list(itertools.islice(stream, recipe.batch_blocks)))
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+        model.zero_grad(set_to_none=True)
+        if step % 50 == 49:
+            dev_loss = packed_loss(model, dev_blocks)
+            progress.write(f"step {step + 1}: loss {loss.item():.3f} training, {dev_loss:.3f} dev")
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    return model, tokenizer, packed_loss(model, dev_blocks)
+
+
+def new_optimizers(model: LlamaForCausalLM, recipe: BaseRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    rest = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim == 1)]
+    return [
+        Muon(matrices, recipe.matrix_learning_rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(rest, recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+@torch.no_grad()
+def packed_loss(model: LlamaForCausalLM, packed: Tensor) -> float:
+    """Loss per token in nats over `packed` [blocks, block_tokens]."""
+    model.eval()
+    parts = torch.split(packed, 8)
+    losses: list[float] = [model(input_ids=part, labels=part).loss.item() for part in parts]
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write config, fp16 weights (safetensors), tokenizer and generation defaults (greedy, ends at eos)."""
+    half: LlamaForCausalLM = model.half()
+    half.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=96,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    half.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

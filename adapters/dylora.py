@@ -1,0 +1,98 @@
+"""What a DyLoRA run is asked for, and the rank that each of its steps trains."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from adapters.config import AdapterConfig, AdapterKind
+from adapters.errors import InvalidAdapter
+from adapters.layer import ALL_LINEAR
+
+
+class RankDistribution(StrEnum):
+    """p_B, from which each step's rank is drawn (arXiv 2210.07558, section 4.1)."""
+
+    UNIFORM = "uniform"
+    GEOMETRIC = "geometric"
+    """The i-th legal rank has weight (1 - p) ** (i - 1), cut at the last and normalised."""
+    WEIGHTS = "weights"
+    """As `DyLoRAConfig.weights` states."""
+
+
+class UpdateRule(StrEnum):
+    """Which rows and columns a step at rank b may move."""
+
+    FULL = "full"
+    """All of 1..b."""
+
+
+@dataclass(frozen=True)
+class DyLoRAConfig:
+    """A nested adapter to be trained.
+
+    Attributes:
+        r_max: rows of A and columns of B.
+        alpha, rslora: scale alpha / b at rank b, or alpha / sqrt(b) with rslora.
+        ranks: the ranks that are trained and legal afterwards; all of 1..r_max unless given.
+        distribution, geometric_p, weights: how each step's rank is drawn; `weights` has one entry per rank.
+        targets: module path suffixes, or "all-linear".
+        dropout: on the input of A, in training.
+        update: which rows and columns a step moves.
+        sandwich: train every step at r_max too, the step's loss being the mean of both passes. Not in the paper: it
+            spends a second pass on the full rank, which plain DyLoRA reaches only once in r_max steps.
+    """
+
+    r_max: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+    ranks: tuple[int, ...] = ()
+    distribution: RankDistribution = RankDistribution.UNIFORM
+    geometric_p: float = 0.15
+    weights: tuple[float, ...] = ()
+    targets: tuple[str, ...] | str = ALL_LINEAR
+    dropout: float = 0.0
+    update: UpdateRule = UpdateRule.FULL
+    sandwich: bool = False
+
+    def __post_init__(self) -> None:
+        legal = self.adapter_config().ranks
+        problems = []
+        if not 0 < self.geometric_p < 1:
+            problems.append(f"geometric_p must lie between 0 and 1, not {self.geometric_p}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.distribution is RankDistribution.WEIGHTS:
+            if len(self.weights) != len(legal) or min(self.weights, default=0) < 0 or not sum(self.weights) > 0:
+                problems.append(f"weights must be {len(legal)} numbers, none negative, not all 0; one for each rank")
+        elif self.weights:
+            problems.append("weights are given, but distribution is not 'weights'")
+        if problems:
+            raise InvalidAdapter(problems)
+
+    def adapter_config(self, base_model: str | None = None) -> AdapterConfig:
+        """The facts that outlive training."""
+        return AdapterConfig(AdapterKind.DYLORA, self.r_max, self.alpha, self.rslora, self.ranks, base_model)
+
+    def rank_weights(self) -> tuple[float, ...]:
+        """Unnormalised probability of each legal rank."""
+        count = len(self.adapter_config().ranks)
+        if self.distribution is RankDistribution.WEIGHTS:
+            return self.weights
+        if self.distribution is RankDistribution.GEOMETRIC:
+            return tuple((1 - self.geometric_p) ** i for i in range(count))
+        return (1.0,) * count
+
+    def draw(self, seed: int, step: int) -> int:
+        """The rank drawn for optimiser step `step`.
+
+        A function of seed and step alone, so that all layers, micro-batches and data-parallel workers of a step agree,
+        and a resumed run draws what the uninterrupted one would have.
+        """
+        ranks: Sequence[int] = self.adapter_config().ranks
+        return random.Random(f"dylora {seed} {step}").choices(ranks, self.rank_weights())[0]
+
+    def passes(self, seed: int, step: int) -> tuple[int, ...]:
+        """The ranks at which step `step` runs the model, once each."""
+        drawn = self.draw(seed, step)
+        return tuple(dict.fromkeys((self.r_max, drawn))) if self.sandwich else (drawn,)

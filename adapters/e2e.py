@@ -1,0 +1,35 @@
+"""E2E's meaning representations, and how much of one a text or another representation gets right."""
+
+import re
+from collections.abc import Sequence
+
+Slot = tuple[str, str]
+"""(attribute, value), both in lower case: ("near", "café adriatic")."""
+
+_SLOT = re.compile(r"\s*([^\[\],]+)\[([^\[\]]*)\]\s*(?:,|$)")
+
+VERBATIM = frozenset({"name", "near", "food", "eattype", "area"})
+"""Attributes whose value a sentence nearly always states word for word; prices and ratings are paraphrased."""
+
+
+def parse_mr(text: str) -> frozenset[Slot]:
+    """The slots of "name[Blue Spice], area[riverside]"; what isn't of that form is left out."""
+    return frozenset((name.strip().lower(), value.strip().lower()) for name, value in _SLOT.findall(text))
+
+
+def slot_f1(predicted: Sequence[str], truth: Sequence[str]) -> float:
+    """Micro-averaged F1, 0 to 1, over the slots of all pairs: a slot counts when attribute and value both agree."""
+    pairs = [(parse_mr(p), parse_mr(t)) for p, t in zip(predicted, truth, strict=True)]
+    right = sum(len(p & t) for p, t in pairs)
+    total = sum(len(p) + len(t) for p, t in pairs)
+    return 2 * right / total if total else 0.0
+
+
+def slot_coverage(texts: Sequence[str], meanings: Sequence[str]) -> float:
+    """Share, 0 to 1, of the meanings' VERBATIM slots whose value stands in the text, upper and lower case alike."""
+    stated = total = 0
+    for text, meaning in zip(texts, meanings, strict=True):
+        slots = [value for name, value in parse_mr(meaning) if name in VERBATIM]
+        stated += sum(value in text.lower() for value in slots)
+        total += len(slots)
+    return stated / total if total else 0.0

@@ -1,0 +1,165 @@
+"""The nested LoRA layer for training: one pair of factors that is used at whatever rank is selected."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from adapters.adapter import Adapter, LowRank
+from adapters.config import AdapterConfig
+from adapters.errors import InvalidAdapter
+
+ALL_LINEAR = "all-linear"
+"""Target every linear module but the output head."""
+
+OUTPUT_HEADS = frozenset({"lm_head"})
+"""Modules that are never adapted: they may share their weight with the input embedding."""
+
+
+class NestedLoRA(nn.Module):
+    """A frozen linear module with a nested update: `W0 x + scale(b) * B[:, :b] A[:b] x` at rank b.
+
+    Rank b is exactly b rows of A and b columns of B (arXiv 2210.07558, section 4.1; the authors' released code takes
+    b + 1). A starts Kaiming uniform with a = sqrt(5), as theirs does, and B at zero, so that a new layer changes
+    nothing.
+
+    Attributes:
+        rank: the selected rank, r_max at first.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, config: AdapterConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        in_features, out_features = _features(base)
+        weight = base.weight
+        self.base = base.requires_grad_(False)
+        self.config = config
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_a = nn.Parameter(weight.new_empty(config.r_max, in_features))  # [r_max, in]
+        self.lora_b = nn.Parameter(weight.new_zeros(out_features, config.r_max))  # [out, r_max]
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.rank = config.r_max
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [..., in] to [..., out] at the selected rank."""
+        low = functional.linear(self.dropout(x), self.lora_a[: self.rank])  # [..., rank]
+        update = functional.linear(low, self.lora_b[:, : self.rank])  # [..., out]
+        out: Tensor = self.base(x)
+        return out + self.config.scale(self.rank) * update
+
+
+def inject(
+    model: nn.Module, config: AdapterConfig, targets: Sequence[str] | str = ALL_LINEAR, dropout: float = 0.0
+) -> tuple[str, ...]:
+    """Freeze `model` and put a NestedLoRA in the place of each target, in place.
+
+    Args:
+        model: any module tree of nn.Linear or transformers' Conv1D.
+        config: kind DYLORA; its `scale` is what the layers use.
+        targets: suffixes of module paths (`q_proj`, `self_attn.q_proj`), or "all-linear". An output head is never a
+            target of "all-linear".
+        dropout: probability, on the input of A.
+
+    Returns:
+        the adapted paths, in the model's order.
+
+    Raises:
+        InvalidAdapter: a suffix matches nothing, or something that isn't linear; lists every offender.
+    """
+    paths = target_paths(model, targets)
+    model.requires_grad_(False)
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        base = model.get_submodule(path)
+        assert isinstance(base, nn.Linear | Conv1D)  # target_paths let nothing else pass
+        setattr(model.get_submodule(parent), name, NestedLoRA(base, config, dropout))
+    return paths
+
+
+def target_paths(model: nn.Module, targets: Sequence[str] | str) -> tuple[str, ...]:
+    """The module paths that `targets` names; `inject` says what may be named, and what is raised."""
+    modules = dict(model.named_modules())
+    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    if targets == ALL_LINEAR:
+        return tuple(path for path in linear if path.rpartition(".")[2] not in OUTPUT_HEADS)
+    suffixes = (targets,) if isinstance(targets, str) else tuple(targets)
+    chosen = [path for path in modules if any(_ends_with(path, suffix) for suffix in suffixes)]
+    problems = [f"target {s!r} matches no module" for s in suffixes if not any(_ends_with(p, s) for p in modules)]
+    problems += [f"{p} is {type(modules[p]).__name__}, not Linear or Conv1D" for p in chosen if p not in linear]
+    problems += [f"{p} is an output head" for p in chosen if p.rpartition(".")[2] in OUTPUT_HEADS]
+    if problems:
+        raise InvalidAdapter(problems)
+    return tuple(chosen)
+
+
+def nested_layers(model: nn.Module) -> Iterator[tuple[str, NestedLoRA]]:
+    """Every NestedLoRA in `model` with its path."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, NestedLoRA))
+
+
+def set_rank(model: nn.Module, rank: int) -> None:
+    """Select `rank` in every layer.
+
+    Raises:
+        IllegalRank: the adapter does not have it; no layer is changed then.
+    """
+    layers = [layer for _, layer in nested_layers(model)]
+    for layer in layers:
+        layer.config.check_rank(rank)
+    for layer in layers:
+        layer.rank = rank
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable factors by parameter name, detached: `<path>.lora_a` [r_max, in], `<path>.lora_b` [out, r_max]."""
+    return {
+        f"{path}.{name}": parameter.detach()
+        for path, layer in nested_layers(model)
+        for name, parameter in (("lora_a", layer.lora_a), ("lora_b", layer.lora_b))
+    }
+
+
+def read_adapter(model: nn.Module, config: AdapterConfig) -> Adapter:
+    """Copy the factors out as an Adapter."""
+    modules = {
+        path: LowRank(layer.lora_a.detach().clone(), layer.lora_b.detach().clone()) for path, layer in nested_layers(model)
+    }
+    return Adapter(config, modules)
+
+
+@torch.no_grad()
+def write_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Put a NestedLoRA with `adapter`'s factors into a fresh `model`, for evaluating it.
+
+    Raises:
+        InvalidAdapter: a module of the adapter is missing in the model or has another shape; lists every offender.
+    """
+    paths = set(dict(model.named_modules()))
+    problems = [f"{path} is not a module of the model" for path in adapter.modules if path not in paths]
+    if problems:
+        raise InvalidAdapter(problems)
+    inject(model, adapter.config, tuple(adapter.modules))
+    for path, layer in nested_layers(model):
+        low_rank = adapter.modules[path]
+        found, expected = (low_rank.a.shape, low_rank.b.shape), (layer.lora_a.shape, layer.lora_b.shape)
+        if found != expected:
+            problems.append(f"{path} has factors of shapes {found}, not {expected}")
+            continue
+        layer.lora_a.copy_(low_rank.a)
+        layer.lora_b.copy_(low_rank.b)
+    if problems:
+        raise InvalidAdapter(problems)
+
+
+def _ends_with(path: str, suffix: str) -> bool:
+    return path == suffix or path.endswith("." + suffix)
+
+
+def _features(base: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(in, out) of a linear module; Conv1D holds its weight transposed, [in, out]."""
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    in_features, out_features = base.weight.shape
+    return in_features, out_features

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from adapters.checkpoint import read_peft
+from adapters.data import Example
+from adapters.demo import ARTIFACTS
+from adapters.demo.recipe import load_base
+from adapters.encoding import IGNORED, EncodedPair, LikeLengths, PairDataset, RightPad, encode
+from adapters.errors import DataError
+from adapters.evaluate import BLEU, LOSS, SLOT_COVERAGE, evaluate, generate
+from adapters.layer import set_rank, write_adapter
+
+EXAMPLES = (
+    Example("name[Aromi], area[riverside]", (" Aromi is by the river.", " By the river: Aromi.")),
+    Example("name[B]", (" B.",)),
+)
+
+
+def test_a_pair_is_the_prompt_alone_then_the_completion_and_the_end() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ARTIFACTS / "base")
+    pairs = encode(EXAMPLES, tokenizer)
+    assert [tokenizer.decode(pair.prompt) for pair in pairs] == [EXAMPLES[0].prompt, EXAMPLES[0].prompt, "name[B]"]
+    assert tokenizer.decode(pairs[2].completion[:-1]) == " B."
+    assert all(pair.completion[-1] == tokenizer.eos_token_id for pair in pairs)
+    with pytest.raises(DataError, match="expected at most 8"):
+        encode(EXAMPLES, tokenizer, max_tokens=8)
+
+
+def test_labels_ignore_the_prompt_and_the_padding() -> None:
+    dataset = PairDataset([EncodedPair((5, 6), (7, 1)), EncodedPair((8,), (1,))])
+    batch = RightPad(pad_token_id=0)([dataset[0], dataset[1]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [8, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, 1], [IGNORED, 1, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_an_epoch_takes_every_pair_once_in_batches_of_like_length_and_its_own_order() -> None:
+    lengths = [(i * 37) % 50 for i in range(203)]
+    sampler = LikeLengths(lengths, batch_size=4, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(203)) and first == list(sampler)
+    spreads = [max(b) - min(b) for b in (tuple(lengths[i] for i in first[j : j + 4]) for j in range(0, 200, 4))]
+    assert sum(spreads) / len(spreads) < 5
+    means = [sum(lengths[i] for i in first[j : j + 4]) / 4 for j in range(0, 200, 4)]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
+    sampler.set_epoch(1)
+    assert sorted(sampler) == sorted(first) and list(sampler) != first
+
+
+def test_texts_do_not_depend_on_what_else_is_in_the_batch() -> None:
+    model, tokenizer = load_base(ARTIFACTS)
+    write_adapter(model, read_peft(ARTIFACTS / "adapters" / "mr-to-text"))
+    set_rank(model, 4)
+    prompts = ["name[Aromi], area[riverside]", "name[The Eagle], eatType[coffee shop], near[Burger King]", "name[Cotto]"]
+    alone = [generate(model, tokenizer, [prompt], 16)[0] for prompt in prompts]
+    assert generate(model, tokenizer, prompts, 16) == alone
+    assert all(alone)
+
+
+def test_a_profile_has_every_metric_at_every_rank_asked_for_and_leaves_the_factors() -> None:
+    model, tokenizer = load_base(ARTIFACTS)
+    write_adapter(model, read_peft(ARTIFACTS / "adapters" / "mr-to-text"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    profile = evaluate(model, tokenizer, EXAMPLES, (1, 16), (BLEU, SLOT_COVERAGE), "two", max_new_tokens=24)
+    assert [metric.name for metric in profile.metrics] == [LOSS, BLEU.name, SLOT_COVERAGE.name]
+    assert [metric.higher_is_better for metric in profile.metrics] == [False, True, True]
+    assert all(set(metric.values) == {1, 16} for metric in profile.metrics)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -1,0 +1,99 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from adapters.config import AdapterConfig, AdapterKind
+from adapters.errors import IllegalRank, InvalidAdapter
+from adapters.layer import NestedLoRA, inject, nested_layers, read_adapter, set_rank, target_paths, write_adapter
+from tests.tiny_models import LINEAR_TARGETS, TINY_KINDS, VOCAB, tiny_model
+
+R_MAX = 4
+CONFIG = AdapterConfig(AdapterKind.DYLORA, R_MAX, alpha=6.0)
+IDS = torch.arange(24).reshape(2, 12) % VOCAB
+
+
+def noisy(kind: str, config: AdapterConfig = CONFIG) -> torch.nn.Module:
+    model: torch.nn.Module = tiny_model(kind)
+    torch.manual_seed(0)
+    inject(model, config)
+    with torch.no_grad():
+        for _, layer in nested_layers(model):
+            layer.lora_b.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rank", range(1, R_MAX + 1))
+def test_rank_b_is_exactly_b_rows_and_columns_under_the_configs_scale(rank: int, rslora: bool) -> None:
+    layer = NestedLoRA(torch.nn.Linear(7, 5), replace(CONFIG, rslora=rslora))
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 7)
+    set_rank(layer, rank)
+    delta = layer.lora_b[:, :rank] @ layer.lora_a[:rank]
+    scale = 6.0 / (math.sqrt(rank) if rslora else rank)
+    torch.testing.assert_close(layer(x), layer.base(x) + scale * x @ delta.T)
+
+
+@pytest.mark.parametrize("rank", range(1, R_MAX + 1))
+def test_rows_beyond_the_rank_get_no_gradient_and_the_base_none_at_all(rank: int) -> None:
+    layer = NestedLoRA(torch.nn.Linear(7, 5), CONFIG)
+    torch.nn.init.normal_(layer.lora_b)
+    set_rank(layer, rank)
+    layer(torch.randn(3, 7)).square().sum().backward()
+    assert layer.lora_a.grad is not None and layer.lora_b.grad is not None
+    assert layer.lora_a.grad.abs().sum(1).bool().tolist() == [row < rank for row in range(R_MAX)]
+    assert layer.lora_b.grad.abs().sum(0).bool().tolist() == [column < rank for column in range(R_MAX)]
+    assert layer.base.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_a_new_layer_changes_nothing(kind: str) -> None:
+    plain = tiny_model(kind)(input_ids=IDS).logits
+    model = tiny_model(kind)
+    inject(model, CONFIG)
+    for rank in CONFIG.ranks:
+        set_rank(model, rank)
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_all_linear_is_every_linear_layer_but_the_head(kind: str) -> None:
+    model = tiny_model(kind)
+    assert set(target_paths(model, "all-linear")) == set(target_paths(model, LINEAR_TARGETS[kind]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_read_out_and_put_into_a_fresh_model_is_the_same_function(kind: str) -> None:
+    model = noisy(kind)
+    adapter = read_adapter(model, CONFIG)
+    fresh = tiny_model(kind)
+    write_adapter(fresh, adapter)
+    for rank in CONFIG.ranks:
+        set_rank(model, rank)
+        set_rank(fresh, rank)
+        torch.testing.assert_close(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=0)
+
+
+def test_an_illegal_rank_is_refused_and_changes_no_layer() -> None:
+    model = noisy("llama", replace(CONFIG, ranks=(2, 4)))
+    set_rank(model, 2)
+    with pytest.raises(IllegalRank, match="legal ranks: 2, 4"):
+        set_rank(model, 3)
+    assert {layer.rank for _, layer in nested_layers(model)} == {2}
+
+
+def test_wrong_targets_are_all_named() -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        inject(tiny_model("llama"), CONFIG, ("q_proj", "c_fc", "embed_tokens", "lm_head"))
+    text = str(caught.value)
+    assert "'c_fc' matches no module" in text
+    assert "model.embed_tokens is Embedding" in text
+    assert "lm_head is an output head" in text
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    adapter = read_adapter(noisy("llama"), CONFIG)
+    with pytest.raises(InvalidAdapter, match="is not a module of the model"):
+        write_adapter(tiny_model("gpt2"), adapter)
