@@ -1,10 +1,12 @@
 """Issue story: adapters come, are replaced and go while requests run, and no request in flight notices."""
 
+import socket
 from pathlib import Path
 
 from adapters.checkpoint import read_peft
 from adapters.convert import export_rank, renest
-from tests.e2e.tiny_server import PROMPT, Client, in_background, stock_tokens
+from loadtests.server_process import ServerProcess
+from tests.e2e.tiny_server import PROMPT, Client, adapter_files, in_background, stock_tokens, wait_until
 
 LONG = 400
 """Tokens of a request that is still running when the adapter under it changes."""
@@ -72,3 +74,21 @@ def test_deleting_an_adapter_in_use_leaves_requests_in_flight_alone(client: Clie
     assert received[-1]["generated_text"] == before
     assert gone.status_code == 404
     assert "deleted" not in client.versions()
+
+
+def test_an_upload_that_breaks_off_leaves_the_old_version_and_the_name_free(
+    server: ServerProcess, client: Client, adapter_folders: tuple[Path, ...]
+) -> None:
+    scratch = Path(str(server.settings["adapters_dir"])) / "tmp"
+    old = client.put("broken-off", adapter_folders[0]).raise_for_status().json()["version"]
+    upload = client.http.build_request("PUT", "/adapters/broken-off", files=adapter_files(adapter_folders[1]))
+    content = upload.read()
+    head = f"PUT /adapters/broken-off HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as line:
+        line.sendall(f"{head}content-type: {upload.headers['content-type']}\r\n\r\n".encode() + content[: len(content) // 2])
+        wait_until(lambda: any(scratch.iterdir()))
+        assert client.put("broken-off", adapter_folders[2]).status_code == 409
+    wait_until(lambda: not any(scratch.iterdir()))
+    assert client.versions()["broken-off"] == old
+    assert client.put("broken-off", adapter_folders[2]).status_code == 200
+    client.http.delete("/adapters/broken-off").raise_for_status()

@@ -2,26 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
 from loadtests.server_process import ServerProcess
-from tests.e2e.tiny_server import SMALL, Client, body
+from tests.e2e.tiny_server import SMALL, Client, body, wait_until
 
 ENDLESS = 6000
 """Tokens of a request that would run far longer than the test."""
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 10) -> float:
-    """Seconds until it is so."""
-    started = time.monotonic()
-    while not is_so():
-        assert time.monotonic() < started + timeout_s, "it did not come about in time"
-        time.sleep(0.02)
-    return time.monotonic() - started
 
 
 def is_idle(client: Client) -> bool:

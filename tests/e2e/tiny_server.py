@@ -3,8 +3,9 @@
 import io
 import json
 import string
+import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def stock_tokens(model_folder: Path, adapter: Path | None, prompt: str, tokens: 
     """What transformers' own `generate`, with stock PEFT, makes of a prompt."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(model_folder))
     model = AutoModelForCausalLM.from_pretrained(str(model_folder), dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # as `ignore_eos_token` does: the end is a token like any other
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])  # [1, prompt tokens]
@@ -148,8 +150,17 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data:"))
 
 
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 10) -> float:
+    """Seconds until it is so."""
+    started = time.monotonic()
+    while not is_so():
+        assert time.monotonic() < started + timeout_s, "it did not come about in time"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
 @contextmanager
-def in_background(work: Any, times: int) -> Iterator[list[Any]]:
+def in_background(work: Callable[[int], Any], times: int) -> Iterator[list[Any]]:
     """Call `work` in so many threads until the block ends; the list holds what they returned once it has ended."""
     results: list[Any] = []
     done = False
