@@ -5,6 +5,7 @@ variable, which step runs; everything about rows, blocks and positions stands in
 rows of many requests packed into one sequence.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -125,12 +126,12 @@ class KVCache:
     ) -> None:
         self.block_tokens = block_tokens
         self.device = device
-        slots = total_blocks * block_tokens
+        self._scratch = Scratch()
         # Zeros, not garbage: padded positions are read and weighted with 0, and 0 * NaN is NaN.
         self._layers = {
             module: (
-                torch.zeros(slots, shape.kv_heads, shape.head_dim, dtype=dtype, device=device),
-                torch.zeros(slots, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
+                torch.zeros(total_blocks, block_tokens, shape.kv_heads, shape.head_dim, dtype=dtype, device=device),
+                torch.zeros(total_blocks, block_tokens, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
             )
             for module, shape in layers.items()
         }
@@ -142,7 +143,23 @@ class KVCache:
 
     def plan(self, spans: Sequence[Span]) -> "PagedAttention":
         """Lay out one step's rows, packed in the order of `spans`."""
-        return PagedAttention(self._layers, self.block_tokens, spans, self.device)
+        return PagedAttention(self._layers, self.block_tokens, spans, self.device, self._scratch)
+
+
+class Scratch:
+    """Memory that every layer of every step gathers into: fresh memory would cost as much in page faults as the copy."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape, and of the dtype and device of `like`; it lasts until `name` is taken again."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = like.new_empty(size)
+            self._held[name] = held
+        return held[:size].view(shape)
 
 
 class PagedAttention:
@@ -158,61 +175,72 @@ class PagedAttention:
         block_tokens: int,
         spans: Sequence[Span],
         device: torch.device,
+        scratch: "Scratch",
     ) -> None:
         self._layers = layers
-        self._write_slots = torch.cat([_slots(span, block_tokens)[span.start :] for span in spans]).to(device)  # [rows]
+        self._scratch = scratch
+        slots = [slot for span in spans for slot in _slots(span, block_tokens)]
+        self._write_slots = torch.tensor(slots, device=device)  # [rows]
         self._prefills: list[tuple[int, Span, Tensor]] = []
         decode_rows: list[int] = []
-        decode_spans: list[Span] = []
+        tables: list[Tensor] = []
+        ends: list[int] = []
         row = 0
         for span in spans:
+            table = torch.tensor(span.blocks[: -(-span.end // block_tokens)])  # [blocks that hold what the rows see]
             if span.length == 1:
                 decode_rows.append(row)
-                decode_spans.append(span)
+                tables.append(table)
+                ends.append(span.end)
             else:
-                self._prefills.append((row, span, _slots(span, block_tokens).to(device)))
+                self._prefills.append((row, span, table.to(device)))
             row += span.length
         self._decode_rows = torch.tensor(decode_rows, device=device)  # [decodes]
-        self._all_decode = not self._prefills
-        self._ends = torch.tensor([span.end for span in decode_spans], device=device)  # [decodes]
-        if decode_spans:
-            self._decode_slots = nn.utils.rnn.pad_sequence(
-                [_slots(span, block_tokens) for span in decode_spans], batch_first=True
-            ).to(device)  # [decodes, longest]
+        self._ends = torch.tensor(ends, device=device)  # [decodes]
+        if tables:
+            self._decode_table = nn.utils.rnn.pad_sequence(tables, batch_first=True).to(device)  # [decodes, most blocks]
         self._decode_masks: dict[int | None, Tensor] = {}
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """Output of one layer, [rows, heads, value_dim]."""
-        keys, values = self._layers[module]  # [slots, kv_heads, dim]
-        keys.index_copy_(0, self._write_slots, call.key.transpose(0, 1).to(keys.dtype))
-        values.index_copy_(0, self._write_slots, call.value.transpose(0, 1).to(values.dtype))
-        if self._all_decode:
+        keys, values = self._layers[module]  # [blocks, block_tokens, kv_heads, dim]
+        keys.flatten(0, 1).index_copy_(0, self._write_slots, call.key.transpose(0, 1).to(keys.dtype))
+        values.flatten(0, 1).index_copy_(0, self._write_slots, call.value.transpose(0, 1).to(values.dtype))
+        if not self._prefills:
             return self._decode(call.query.transpose(0, 1), keys, values, call)
         heads, rows, _ = call.query.shape
         out = call.query.new_empty(rows, heads, call.value.shape[-1])
         if len(self._decode_rows):
             query = call.query[:, self._decode_rows].transpose(0, 1)
             out[self._decode_rows] = self._decode(query, keys, values, call)
-        for row, span, slots in self._prefills:
+        for row, span, table in self._prefills:
             end = row + span.length
             query = call.query[None, :, row:end]  # [1, heads, length, dim]
-            seen_keys = keys[slots].transpose(0, 1).unsqueeze(0)  # [1, kv_heads, end, dim]
-            seen_values = values[slots].transpose(0, 1).unsqueeze(0)
-            mask = _causal_mask(span, call.window, query.device)
+            seen_keys, seen_values = self._gather("keys", keys, table[None]), self._gather("values", values, table[None])
+            mask = _causal_mask(span, seen_keys.shape[2], call.window, query.device)
             out[row:end] = _attention(query, seen_keys, seen_values, mask, call)[0].transpose(0, 1)
         return out
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
         """`query` is [decodes, heads, dim]; the result [decodes, heads, value_dim]."""
-        seen_keys = keys[self._decode_slots].transpose(1, 2)  # [decodes, kv_heads, longest, dim]
-        seen_values = values[self._decode_slots].transpose(1, 2)
-        return _attention(query.unsqueeze(2), seen_keys, seen_values, self._decode_mask(call.window), call).squeeze(2)
+        seen_keys = self._gather("keys", keys, self._decode_table)
+        seen_values = self._gather("values", values, self._decode_table)
+        mask = self._decode_mask(seen_keys.shape[2], call.window)
+        return _attention(query.unsqueeze(2), seen_keys, seen_values, mask, call).squeeze(2)
 
-    def _decode_mask(self, window: int | None) -> Tensor:
+    def _gather(self, what: str, cache: Tensor, table: Tensor) -> Tensor:
+        """Whole blocks side by side, [sequences, kv_heads, blocks * block_tokens, dim]. Good until the next call."""
+        sequences, blocks = table.shape
+        _, block_tokens, heads, dim = cache.shape
+        taken = self._scratch.take(what, cache, (sequences * blocks, block_tokens, heads, dim))
+        torch.index_select(cache, 0, table.flatten(), out=taken)
+        return taken.view(sequences, blocks * block_tokens, heads, dim).transpose(1, 2)
+
+    def _decode_mask(self, longest: int, window: int | None) -> Tensor:
         """True where a decode row may look, [decodes, 1, 1, longest]; built once a step for each window size in use."""
         mask = self._decode_masks.get(window)
         if mask is None:
-            position = torch.arange(self._decode_slots.shape[1], device=self._ends.device)
+            position = torch.arange(longest, device=self._ends.device)
             mask = position < self._ends[:, None]
             if window is not None:
                 mask &= position >= self._ends[:, None] - window
@@ -221,16 +249,15 @@ class PagedAttention:
         return mask
 
 
-def _slots(span: Span, block_tokens: int) -> Tensor:
-    """Slots of a sequence's tokens 0..end-1, [end]."""
-    blocks = torch.tensor(span.blocks, dtype=torch.long)
-    return (blocks[:, None] * block_tokens + torch.arange(block_tokens)).flatten()[: span.end]
+def _slots(span: Span, block_tokens: int) -> list[int]:
+    """Where the keys and values of the span's own rows go, counted in tokens over all blocks."""
+    return [span.blocks[at // block_tokens] * block_tokens + at % block_tokens for at in range(span.start, span.end)]
 
 
-def _causal_mask(span: Span, window: int | None, device: torch.device) -> Tensor:
-    """True where a chunk's row may look, [length, end]."""
+def _causal_mask(span: Span, longest: int, window: int | None, device: torch.device) -> Tensor:
+    """True where a chunk's row may look, [length, longest]."""
     rows = torch.arange(span.start, span.end, device=device)[:, None]
-    seen = torch.arange(span.end, device=device)
+    seen = torch.arange(longest, device=device)
     mask = seen <= rows
     return mask if window is None else mask & (seen > rows - window)
 
