@@ -1,8 +1,8 @@
 """Puts the adapters shipped with the demo model into the store, once."""
 
-from importlib import resources
 from pathlib import Path
 
+from adapters.demo import ARTIFACTS
 from adapters.store import AdapterStore
 from service.log import logger, pairs
 
@@ -12,16 +12,12 @@ _MARKER = "demo-adapters"
 
 def demo_model_folder() -> Path:
     """The shipped base model."""
-    return _artifacts() / "base"
+    return ARTIFACTS / "base"
 
 
 def demo_adapter_folders() -> tuple[Path, ...]:
     """The shipped adapters; a folder's name is the adapter's."""
-    return tuple(sorted(path.parent for path in (_artifacts() / "adapters").glob("*/adapter_config.json")))
-
-
-def _artifacts() -> Path:
-    return Path(str(resources.files("adapters"))) / "demo" / "artifacts"
+    return tuple(sorted(path.parent for path in (ARTIFACTS / "adapters").glob("*/adapter_config.json")))
 
 
 def preload(store: AdapterStore, store_folder: Path, folders: tuple[Path, ...]) -> int:

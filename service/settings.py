@@ -127,6 +127,15 @@ class Settings(BaseSettings):
             raise ValueError(f"default_policy: {error}") from None
         return self
 
+    @model_validator(mode="after")
+    def _a_step_holds_every_row(self) -> "Settings":
+        if self.max_batch_tokens < self.max_running_requests:
+            raise ValueError(
+                f"max_batch_tokens ({variable('max_batch_tokens')}): {self.max_batch_tokens} is not legal: at least"
+                f" max_running_requests, {self.max_running_requests}, since each running request needs a token of every step"
+            )
+        return self
+
     def policy_book(self) -> PolicyBook:
         """The built-in policies and the configured ones, by name."""
         built_in = {
@@ -186,6 +195,8 @@ def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
 def _describe(error: ValidationError) -> list[str]:
     lines = []
     for item in error.errors(include_url=False, include_context=False):
+        if item["type"] == "default_factory_not_called":
+            continue  # a default that follows from other settings, which are wrong and told themselves
         message = item["msg"].removeprefix("Value error, ")
         where = [str(part) for part in item["loc"]]
         if where:

@@ -14,7 +14,7 @@ from adapters.adapter import Adapter, LowRank
 from adapters.config import AdapterConfig, AdapterKind
 from service.core import Aborted, AdapterChoice, Event, Failed, Finished, GenerationRequest, SamplingParams, TokenEvent
 from service.engine import Engine, EngineOptions
-from service.model import prepare_model
+from service.model import LoadedModel, prepare_model
 from service.sites import Site, site_kind
 from tests.tiny_models import LINEAR_TARGETS, VOCAB
 
@@ -83,12 +83,13 @@ class Client:
 
 @contextmanager
 def running_engine(
-    model: PreTrainedModel,
+    model: PreTrainedModel | LoadedModel,
     adapters: Mapping[str, Adapter] | None = None,
     options: EngineOptions | None = None,
 ) -> Iterator[Engine]:
     """An engine that is started, and that must hold nothing when the block ends."""
-    engine = Engine(prepare_model(model, character_tokenizer(), name="tiny"), options)
+    loaded = model if isinstance(model, LoadedModel) else prepare_model(model, character_tokenizer(), name="tiny")
+    engine = Engine(loaded, options)
     for version, adapter in (adapters or {}).items():
         engine.load(version, adapter)
     engine.start()
@@ -111,7 +112,12 @@ def generate(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Clie
 
 
 def mixed_requests(
-    adapters: Mapping[str, Adapter], *, count: int = 32, ranks: Sequence[int] = (1, 2, 4, 8), new_tokens: int = 16
+    adapters: Mapping[str, Adapter],
+    *,
+    count: int = 32,
+    ranks: Sequence[int] = (1, 2, 4, 8),
+    new_tokens: int = 16,
+    ignore_eos: bool = True,
 ) -> list[GenerationRequest]:
     """Requests over every adapter at every rank and the base alone, with prompts of 1 to 29 tokens."""
     rng = random.Random(0)
@@ -123,7 +129,7 @@ def mixed_requests(
         GenerationRequest(
             f"request-{i}",
             tuple(rng.randrange(VOCAB - 1) for _ in range(rng.randrange(1, 30))),
-            SamplingParams(max_new_tokens=new_tokens, ignore_eos=True),
+            SamplingParams(max_new_tokens=new_tokens, ignore_eos=ignore_eos),
             choice,
         )
         for i, choice in enumerate(choices)

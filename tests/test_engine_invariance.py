@@ -20,15 +20,13 @@ NEW_TOKENS = 16
 
 
 def stock_tokens(model: PreTrainedModel, request: GenerationRequest) -> list[int]:
-    """Greedy tokens by transformers' own `generate`."""
+    """Greedy tokens by transformers' own `generate`, up to and with the end-of-sequence token if the model has one."""
     ids = torch.tensor([request.prompt_ids])
-    count = request.sampling.max_new_tokens
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=count,
-        min_new_tokens=count,
+        max_new_tokens=request.sampling.max_new_tokens,
         pad_token_id=0,
     )
     return list(out[0, len(request.prompt_ids) :].tolist())

@@ -67,6 +67,7 @@ def test_each_base_model_has_an_adapters_folder_of_its_own(monkeypatch: pytest.M
         ({"policies": '{"a": {"kind": "max", "floor": 3, "ceiling": 2}}'}, "ceiling must be at least the floor 3"),
         ({"policies": '{"max": {"kind": "max"}}'}, "the name 'max' is built in"),
         ({"policies": '{"latency": {"kind": "max"}}'}, "the name 'latency' is built in"),
+        ({"max_batch_tokens": "63"}, "at least max_running_requests, 64"),
         ({"colour": "red"}, "colour"),
     ],
 )

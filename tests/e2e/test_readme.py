@@ -1,0 +1,69 @@
+"""README is true: its commands run, and its tables say what the demo does."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from adapters.demo import ARTIFACTS
+from loadtests.server_process import ServerProcess
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CURL_BLOCKS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "curl" in block]
+PROMPT = "name[Loch Fyne], food[Japanese], familyFriendly[yes]"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    root = tmp_path_factory.mktemp("demo")
+    with ServerProcess({"adapters_dir": root / "adapters"}, root / "log") as server:
+        yield server
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
+@pytest.mark.parametrize("block", CURL_BLOCKS, ids=lambda block: block.split("\n")[0][:40])
+def test_a_block_of_commands_runs(block: str, demo: ServerProcess, tmp_path: Path) -> None:
+    (tmp_path / "adapters").symlink_to(ROOT / "adapters")
+    script = block.replace("localhost:8000", f"127.0.0.1:{demo.port}").replace("curl -s", "curl -sS --fail-with-body")
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_two_answers_are_what_the_demo_says(demo: ServerProcess) -> None:
+    assert len(CURL_BLOCKS) == 2
+    assert README.count(PROMPT) == 2
+    for rank in (1, 16):
+        parameters = {"adapter_id": "mr-to-text", "rank": rank, "max_new_tokens": 60}
+        answer = httpx.post(f"{demo.url}/generate", json={"inputs": PROMPT, "parameters": parameters}).raise_for_status()
+        assert f"| {rank} | {answer.json()['generated_text'].strip()} |" in README
+
+
+def test_the_table_of_quality_is_what_the_adapters_carry() -> None:
+    header = next(line for line in README.splitlines() if line.startswith("| adapter, metric |"))
+    ranks = re.findall(r"\d+", header)
+    for folder in (ARTIFACTS / "adapters").iterdir():
+        for metric in json.loads((folder / "quality.json").read_text())["metrics"]:
+            digits = 1 if metric["name"] == "BLEU" else 3
+            values = " | ".join(f"{metric['values'][rank]:.{digits}f}" for rank in ranks)
+            assert f"| `{folder.name}`, {metric['name']} | {values} |" in README
+
+
+def test_every_metric_is_documented(demo: ServerProcess) -> None:
+    families = re.findall(r"^# TYPE (dylora_\w+)", httpx.get(f"{demo.url}/metrics").raise_for_status().text, re.MULTILINE)
+    documented = README.replace(
+        "dylora_merged_cache_{hits,misses,evictions}_total",
+        " ".join(f"dylora_merged_cache_{each}_total" for each in ("hits", "misses", "evictions")),
+    )
+    missing = [name for name in families if name not in documented and not name.endswith("_created")]
+    assert not missing
+
+
+def test_settings_that_readme_names_exist() -> None:
+    assert {"default_policy", "quality_tolerance", "budget_share", "metrics_max_adapters"} <= set(Settings.model_fields)
