@@ -4,41 +4,33 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-
-import torch
 
 from adapters.adapter import Adapter
 from service.blocks import BlockPool
 from service.core import (
     Aborted,
-    AdapterChoice,
     EngineObserver,
     EngineStats,
     Event,
     EventSink,
     Failed,
     Finished,
-    FinishReason,
     GenerationRequest,
-    Mode,
     ModelFacts,
     StepReport,
-    Token,
-    TokenEvent,
-    Usage,
 )
 from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
 from service.kv_cache import KVCache
-from service.lora import LoraBank, LoraStep
-from service.merged import MergedCache, merge, merged_nbytes
+from service.lora import LoraBank
 from service.model import LoadedModel
 from service.model_check import check_served_alike
-from service.runner import Rows, Runner, pack
-from service.sampling import Chosen
+from service.planner import Planner
+from service.runner import Runner, pack
 from service.scheduler import Batch, Scheduler, Sequence
-from service.text import StopMatcher, TextStream
+from service.text import TextStream
+from service.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -61,31 +53,6 @@ class EngineOptions:
     kv_block_tokens: int = 16
     merged_cache_bytes: int = 512 << 20
     merge_after_steps: int = 8
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A request with all that the engine keeps for it."""
-
-    sequence: Sequence
-    sink: EventSink
-    adapter: Adapter | None
-    stream: TextStream
-    submitted: float
-    scheduled: float | None = None
-    first_token: float | None = None
-    has_columns: bool = False
-    modes: set[Mode] = field(default_factory=set)
-
-    @property
-    def request(self) -> GenerationRequest:
-        return self.sequence.request
-
-    @property
-    def mode(self) -> Mode:
-        if self.adapter is None:
-            return Mode.BASE
-        return Mode.MERGED if self.modes == {Mode.MERGED} else Mode.MIXED
 
 
 class Engine:
@@ -124,14 +91,19 @@ class Engine:
         check_served_alike(loaded, self._runner, block_tokens=options.kv_block_tokens)
         self._scheduler = Scheduler(self._pool, max_running=options.max_running, max_batch_tokens=options.max_batch_tokens)
         self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings())
-        self._merged = MergedCache(options.merged_cache_bytes)
-        self._streak: tuple[AdapterChoice | None, int] = (None, 0)
-        self._tickets: dict[Sequence, _Ticket] = {}
+        self._planner = Planner(
+            self._bank,
+            cache_bytes=options.merged_cache_bytes,
+            merge_after_steps=options.merge_after_steps,
+            observer=observer,
+        )
+        self._tickets: dict[Sequence, Ticket] = {}
 
         self._facts = loaded.facts
-        self._lock = threading.Condition()  # guards the four below
+        self._lock = threading.Condition()  # guards the five below
         self._adapters: dict[str, Adapter] = {}
         self._live: dict[str, Sequence] = {}  # request id -> sequence, from submit to its terminal event
+        self._ending = 0  # requests that left `_live` and whose sink has not heard it yet
         self._is_draining = False
         self._is_stopped = False
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -161,7 +133,7 @@ class Engine:
         """Refuse new requests and wait until what runs has ended; True if all ended in time."""
         with self._lock:
             self._is_draining = True
-            return self._lock.wait_for(lambda: not self._live, timeout_s)
+            return self._lock.wait_for(lambda: not self._live and not self._ending, timeout_s)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, as the model's own tokenizer gives them."""
@@ -194,6 +166,7 @@ class Engine:
         self._check(request)
         sequence = Sequence(request)
         stream = TextStream(self._loaded.tokenizer, request.prompt_ids)
+        eos_ids = frozenset() if request.sampling.ignore_eos else self._loaded.eos_ids
         with self._lock:
             if self._is_draining:
                 raise Draining
@@ -208,7 +181,7 @@ class Engine:
                     raise UnknownAdapter(request.adapter.version)
                 adapter.config.check_rank(request.adapter.rank)
             self._live[request.request_id] = sequence
-            ticket = _Ticket(sequence, sink, adapter, stream, time.monotonic())
+            ticket = Ticket(sequence, sink, adapter, stream, eos_ids, time.monotonic())
             self._inbox.put(lambda: self._accept(ticket))
 
     def abort(self, request_id: str) -> None:
@@ -237,12 +210,17 @@ class Engine:
     # -- the engine's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._is_stopped:
-            self._obey()
-            batch = self._scheduler.schedule()
-            if batch is not None:
-                self._step(batch)
-            self._publish()
+        try:
+            while not self._is_stopped:
+                self._obey()
+                batch = self._scheduler.schedule()
+                if batch is not None:
+                    self._step(batch)
+                self._publish()
+        except Exception:  # a bug of ours: whoever waits must still hear of an end
+            log.exception("the engine's thread failed and takes no more requests")
+        with self._lock:
+            self._is_draining = self._is_stopped = True
         self._obey()
         for ticket in list(self._tickets.values()):
             self._end(ticket, Failed(ticket.request.request_id, EngineFailed("the engine was stopped")))
@@ -258,7 +236,7 @@ class Engine:
                 return
             command()
 
-    def _accept(self, ticket: _Ticket) -> None:
+    def _accept(self, ticket: Ticket) -> None:
         self._tickets[ticket.sequence] = ticket
         self._scheduler.add(ticket.sequence)
 
@@ -273,7 +251,7 @@ class Engine:
         try:
             self._admit(tickets, started)
             rows = pack(batch, self._runner.device)
-            mode, step = self._plan(batch, rows)
+            mode, step = self._planner.plan(batch, tickets[0].adapter, rows)
             chosen = self._runner.run(batch, rows, step)
         except Exception as error:  # whatever a model or a driver raises: its requests end, the others go on
             log.exception("a step of %d requests failed", len(tickets))
@@ -284,13 +262,17 @@ class Engine:
         now = time.monotonic()
         sampling = [ticket for ticket, chunk in zip(tickets, batch.chunks, strict=True) if chunk.samples]
         for ticket, choice in zip(sampling, chosen, strict=True):
-            self._advance(ticket, choice, mode, now)
+            for event in ticket.take(choice, mode, now):
+                if isinstance(event, Finished):
+                    self._end(ticket, event)
+                else:
+                    self._tell(ticket, event)
         if self._observer is not None:
             decodes = sum(chunk.start > 0 and chunk.length == 1 for chunk in batch.chunks)
             prefill_tokens = sum(chunk.length for chunk in batch.chunks) - decodes
             self._observer.on_step(StepReport(mode, prefill_tokens, decodes, now - started))
 
-    def _admit(self, tickets: list[_Ticket], now: float) -> None:
+    def _admit(self, tickets: list[Ticket], now: float) -> None:
         for ticket in tickets:
             if ticket.scheduled is None:
                 ticket.scheduled = now
@@ -299,76 +281,7 @@ class Engine:
                 self._bank.acquire(choice.version, ticket.adapter)
                 ticket.has_columns = True
 
-    def _plan(self, batch: Batch, rows: Rows) -> tuple[Mode, LoraStep | None]:
-        """How this step runs: the base alone, one pair's merged weights, or everything mixed."""
-        pairs = batch.pairs
-        if pairs == {None}:
-            return Mode.BASE, None
-        choice = next(iter(pairs)) if len(pairs) == 1 else None
-        self._streak = (choice, self._streak[1] + 1 if self._streak[0] == choice else 1)
-        if choice is not None and (choice in self._merged or self._is_worth_merging(batch)):
-            return Mode.MERGED, self._merged.get(choice) or self._merge(batch, choice)
-        choices = [chunk.sequence.adapter for chunk in batch.chunks]
-        return Mode.MIXED, self._bank.step(choices, [chunk.length for chunk in batch.chunks], rows.sampled)
-
-    def _is_worth_merging(self, batch: Batch) -> bool:
-        adapter = self._adapter_of(batch)
-        return (
-            self._streak[1] > self._options.merge_after_steps
-            and merged_nbytes(adapter, self._bank.site) <= self._options.merged_cache_bytes
-        )
-
-    def _merge(self, batch: Batch, choice: AdapterChoice) -> LoraStep:
-        started = time.monotonic()
-        with torch.inference_mode():
-            weights = merge(self._adapter_of(batch), choice, self._bank.site)
-        self._merged.put(choice, weights)
-        if self._observer is not None:
-            self._observer.on_merge(time.monotonic() - started)
-        return weights
-
-    def _adapter_of(self, batch: Batch) -> Adapter:
-        adapter = self._tickets[batch.chunks[0].sequence].adapter
-        assert adapter is not None
-        return adapter
-
-    def _advance(self, ticket: _Ticket, chosen: Chosen, mode: Mode, now: float) -> None:
-        """Take one sampled token: grow the text, tell the sink, and end the request if it is complete."""
-        sampling = ticket.request.sampling
-        ticket.sequence.tokens.append(chosen.token_id)
-        ticket.modes.add(mode)
-        if ticket.first_token is None:
-            ticket.first_token = now
-        piece = ticket.stream.push(chosen.token_id)
-        reason = None
-        end = StopMatcher(sampling.stop).end_of_match(ticket.stream.text, len(piece))
-        if end is not None:
-            reason = FinishReason.STOP_SEQUENCE
-            piece = piece[: len(piece) - (len(ticket.stream.text) - end)]
-        elif chosen.token_id in self._loaded.eos_ids and not sampling.ignore_eos:
-            reason = FinishReason.EOS_TOKEN
-        elif ticket.sequence.generated >= sampling.max_new_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None and end is None:
-            piece += ticket.stream.flush()
-        token = Token(chosen.token_id, piece, chosen.logprob, ticket.stream.is_special(chosen.token_id))
-        request_id = ticket.request.request_id
-        self._tell(ticket, TokenEvent(request_id, token, mode if ticket.adapter is not None else Mode.BASE))
-        if reason is not None:
-            self._end(ticket, Finished(request_id, reason, ticket.stream.text[:end], ticket.mode, self._usage(ticket)))
-
-    def _usage(self, ticket: _Ticket) -> Usage:
-        scheduled = ticket.scheduled or ticket.submitted
-        first_token = ticket.first_token or scheduled
-        return Usage(
-            prompt_tokens=len(ticket.request.prompt_ids),
-            generated_tokens=ticket.sequence.generated,
-            queue_s=scheduled - ticket.submitted,
-            time_to_first_token_s=first_token - ticket.submitted,
-            total_s=time.monotonic() - ticket.submitted,
-        )
-
-    def _end(self, ticket: _Ticket, event: Finished | Aborted | Failed) -> None:
+    def _end(self, ticket: Ticket, event: Finished | Aborted | Failed) -> None:
         """Free all that a request holds, then tell its sink. The only place where requests end."""
         del self._tickets[ticket.sequence]
         self._scheduler.finish(ticket.sequence)
@@ -377,10 +290,13 @@ class Engine:
             self._bank.release(choice.version)
             self._forget(choice.version)
         with self._lock:
-            del self._live[ticket.request.request_id]
-            self._lock.notify_all()
+            del self._live[ticket.request.request_id]  # before the client hears of it, who may reuse the id at once
+            self._ending += 1
         self._publish()
         self._tell(ticket, event)
+        with self._lock:
+            self._ending -= 1
+            self._lock.notify_all()
 
     def _forget(self, version: str) -> None:
         """Drop what is kept of an adapter, if it was unloaded and nobody uses it any more."""
@@ -388,9 +304,9 @@ class Engine:
             is_loaded = version in self._adapters
         if not is_loaded and not self._bank.is_used(version):
             self._bank.forget(version)
-            self._merged.forget(version)
+            self._planner.forget(version)
 
-    def _tell(self, ticket: _Ticket, event: Event) -> None:
+    def _tell(self, ticket: Ticket, event: Event) -> None:
         try:
             ticket.sink(event)
         except Exception:  # a sink must not raise; one that does must not end the requests of others
@@ -404,7 +320,7 @@ class Engine:
             kv_blocks_total=self._pool.total,
             resident_adapters=self._bank.resident,
             adapter_bytes=self._bank.nbytes,
-            merged=self._merged.stats,
+            merged=self._planner.stats,
         )
 
     def check_integrity(self) -> None:

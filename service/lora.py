@@ -1,92 +1,20 @@
-"""All resident adapters side by side: one masked product pair serves every adapter and every rank of a step.
+"""The adapters that have columns: all resident adapters side by side in every module that they adapt.
 
-Each adapter owns a range of columns, the same in every module. With the columns in use of A stacked to [columns, in] and
-those of B to [columns, out], a module's output over packed rows is
-
-    y = x W^T + ((x A^T) * mask) B
-
-where mask [rows, columns] is scale(rank) inside the row's own adapter and rank, and 0 elsewhere. The mask is built once a
-step and serves all modules, so that one copy of an adapter serves all of its ranks.
+Each adapter owns a range of columns, the same in every module, and its first columns serve its lower ranks: one copy of an
+adapter serves all of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter
 from adapters.errors import InvalidAdapter
+from service.adapted import AdaptedModule, replaced_parameters, touched_modules
 from service.core import AdapterChoice
+from service.mixed import ActiveColumns, MixedStep
 from service.sites import Site, SiteKind, site_kind
-
-_step: ContextVar["LoraStep | None"] = ContextVar("lora_step", default=None)
-
-
-class LoraStep(Protocol):
-    """How the modules of one step run."""
-
-    def apply(self, module: "AdaptedModule", x: Tensor) -> Tensor:
-        """The module's output for input `x`."""
-
-
-@contextmanager
-def lora_step(step: LoraStep | None) -> Iterator[None]:
-    """Let every adapted module inside the block run as `step` says; None runs the base alone."""
-    token = _step.set(step)
-    try:
-        yield
-    finally:
-        _step.reset(token)
-
-
-class AdaptedModule(nn.Module):
-    """Stands where a module of the base model stood, and asks the running step how to compute it.
-
-    Made when the first adapter targets the module, so that a server of the base alone runs the model as it came.
-    """
-
-    def __init__(self, site: Site, capacity: int) -> None:
-        super().__init__()
-        self.base = site.module
-        self.site = site
-        self.a = torch.empty(0)  # [capacity, in]
-        self.b = torch.empty(0)  # [capacity, out]
-        self.bias_rows: dict[str, Tensor] = {}  # version -> [out], added to the output
-        self.replaced: dict[str, dict[str, Tensor]] = {}  # version -> parameters that replace the base's own
-        self.resize(capacity)
-
-    def __getattr__(self, name: str) -> Any:
-        # Models look at their modules' attributes (`self.fc1.weight.dtype`); answer for the module that stood here.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The base module's output with the step's adapters applied."""
-        step = _step.get()
-        return self.run_base(x) if step is None else step.apply(self, x)
-
-    def run_base(self, x: Tensor) -> Tensor:
-        """The base module's own output."""
-        out: Tensor = self.base(x)
-        return out
-
-    def resize(self, capacity: int) -> None:
-        """Make room for `capacity` columns, keeping those held."""
-        if self.site.kind is not SiteKind.OTHER:
-            self.a = self._grown(self.a, capacity, self.site.in_features)
-            self.b = self._grown(self.b, capacity, self.site.out_features)
-
-    def _grown(self, held: Tensor, capacity: int, features: int) -> Tensor:
-        grown = self.site.weight.new_zeros(capacity, features)
-        if held.numel():
-            grown[: held.shape[0]] = held
-        return grown
 
 
 @dataclass(eq=False)
@@ -257,123 +185,3 @@ class LoraBank:
         for path in touched_modules(resident.adapter):
             self._adapted[path].bias_rows.pop(resident.version, None)
             self._adapted[path].replaced.pop(resident.version, None)
-
-
-class ActiveColumns:
-    """The columns that rows of the last steps use, packed one adapter after the other."""
-
-    def __init__(self, places: Mapping[str, tuple[int, int]]) -> None:
-        """`places`: version to (first column in the bank, columns in use)."""
-        self.ranks = {version: rank for version, (_, rank) in places.items()}
-        self.offsets: dict[str, int] = {}
-        columns: list[int] = []
-        for version, (start, rank) in places.items():
-            self.offsets[version] = len(columns)
-            columns += range(start, start + rank)
-        self.count = len(columns)
-        self._index = torch.tensor(columns, dtype=torch.long)
-        self._packed: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def covers(self, ranks: Mapping[str, int]) -> bool:
-        """Whether these columns serve a step of these adapters and ranks without too many that no row uses."""
-        enough = all(self.ranks.get(version, 0) >= rank for version, rank in ranks.items())
-        return enough and self.count <= 2 * sum(ranks.values())
-
-    def factors(self, module: AdaptedModule) -> tuple[Tensor, Tensor]:
-        """A as [in, columns] and B as [columns, out], copied together once for as long as this set is in use."""
-        packed = self._packed.get(module.site.path)
-        if packed is None:
-            index = self._index.to(module.a.device)
-            packed = (module.a[index].T, module.b[index])
-            self._packed[module.site.path] = packed
-        return packed
-
-
-@dataclass
-class _Rows:
-    """What a module needs to know of the rows it is given: all rows of the step, or those whose logits are computed."""
-
-    mask: Tensor  # [rows, columns]
-    rows_of: dict[str, Tensor] = field(default_factory=dict)  # version -> indices of its rows
-
-
-class MixedStep:
-    """Rows of any adapters and ranks."""
-
-    def __init__(
-        self,
-        active: ActiveColumns,
-        adapters: Mapping[str, Adapter],
-        choices: Sequence[AdapterChoice | None],
-        lengths: Sequence[int],
-        sampled: Tensor,
-    ) -> None:
-        self._active = active
-        self._targets = frozenset(path for adapter in adapters.values() for path in adapter.modules)
-        self._special = {version for version, adapter in adapters.items() if has_special_rows(adapter)}
-        device = sampled.device
-        table = torch.tensor(
-            [
-                (active.offsets[choice.version], choice.rank, choice.scale) if choice is not None else (0.0, 0.0, 0.0)
-                for choice in choices
-            ],
-            dtype=torch.float64,
-        )
-        per_row = table.repeat_interleave(torch.tensor(lengths), dim=0).to(device)  # [rows, 3]
-        start, rank, scale = per_row.T[:, :, None]
-        column = torch.arange(active.count, device=device)
-        inside = (column >= start) & (column < start + rank)
-        mask = torch.where(inside, scale, 0.0).float()  # [rows, columns]
-        every = _Rows(mask)
-        some = _Rows(mask[sampled])
-        if self._special:
-            owner = [choice.version if choice else "" for choice, n in zip(choices, lengths, strict=True) for _ in range(n)]
-            chosen = [owner[row] for row in sampled.tolist()]
-            for version in self._special:
-                every.rows_of[version] = torch.tensor([i for i, v in enumerate(owner) if v == version], device=device)
-                some.rows_of[version] = torch.tensor([i for i, v in enumerate(chosen) if v == version], device=device)
-        # Where both have the same length they are the same rows, so the length tells which of the two a module is given.
-        self._by_length = {len(some.mask): some, len(every.mask): every}
-
-    def apply(self, module: AdaptedModule, x: Tensor) -> Tensor:
-        """The base's output plus each row's own update."""
-        out = module.run_base(x)
-        targeted = module.site.path in self._targets
-        if not (targeted or self._special):
-            return out
-        is_embedding = module.site.kind is SiteKind.EMBEDDING
-        flat_x = x.reshape(-1) if is_embedding else x.reshape(-1, x.shape[-1])  # [rows, in], or token ids [rows]
-        flat_out = out.view(-1, out.shape[-1])  # [rows, out]
-        rows = self._by_length[flat_x.shape[0]]
-        for version in self._special:  # before the product, which adds to what the replaced parameters give
-            own = rows.rows_of[version]
-            if version in module.replaced and len(own):
-                flat_out[own] = module.site.run(flat_x[own], module.replaced[version])
-            if version in module.bias_rows and len(own):
-                flat_out[own] += module.bias_rows[version]
-        if targeted:
-            a, b = self._active.factors(module)
-            low = a[flat_x] * module.site.embed_scale if is_embedding else flat_x @ a  # [rows, columns]
-            flat_out.addmm_(low * rows.mask.to(low.dtype), b)
-        return out
-
-
-def has_special_rows(adapter: Adapter) -> bool:
-    """Whether some rows need more than the masked product: replaced parameters or a bias of LoRA's own."""
-    return bool(adapter.lora_bias or adapter.base_bias or adapter.saved_modules)
-
-
-def replaced_parameters(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
-    """Module path to the parameters, by their own names, that take the place of the base's."""
-    replaced: dict[str, dict[str, Tensor]] = {}
-    for path, bias in adapter.base_bias.items():
-        replaced.setdefault(path, {})["bias"] = bias
-    for name, value in adapter.saved_modules.items():
-        path, _, leaf = name.rpartition(".")
-        replaced.setdefault(path, {})[leaf] = value
-    return replaced
-
-
-def touched_modules(adapter: Adapter) -> list[str]:
-    """Every module that the adapter changes in any way."""
-    return sorted({*adapter.modules, *adapter.lora_bias, *replaced_parameters(adapter)})

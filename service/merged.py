@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter
+from service.adapted import AdaptedModule, replaced_parameters, touched_modules
 from service.core import AdapterChoice, CacheStats
-from service.lora import AdaptedModule, replaced_parameters, touched_modules
 from service.sites import Site
 
 
@@ -25,7 +25,7 @@ class MergedWeights:
         return sum(tensor.nbytes for by_name in self.parameters.values() for tensor in by_name.values())
 
     def apply(self, module: AdaptedModule, x: Tensor) -> Tensor:
-        """The module's output with merged weights: this is a whole step's way to run, see `lora.lora_step`."""
+        """The module's output with merged weights: this is a whole step's way to run, see `adapted.lora_step`."""
         merged = self.parameters.get(module.site.path)
         if merged is None:
             return module.run_base(x)

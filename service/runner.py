@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from service.adapted import LoraStep, lora_step
 from service.kv_cache import KVCache, Span, attention_step
-from service.lora import LoraStep, lora_step
 from service.model import LoadedModel
 from service.sampling import Chosen, Draw, choose
 from service.scheduler import Batch

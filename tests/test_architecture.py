@@ -17,8 +17,8 @@ PACKAGES = ("adapters", "service")
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("nouns", ("errors", "core", "policies", "settings", "version")),
     ("bookkeeping", ("blocks", "latency_model", "rank_policy", "scheduler")),
-    ("tensors", ("kv_cache", "sites", "lora", "merged", "sampling", "text", "model")),
-    ("runner", ("runner", "model_check")),
+    ("tensors", ("kv_cache", "sites", "adapted", "mixed", "lora", "merged", "sampling", "text", "model")),
+    ("runner", ("ticket", "runner", "model_check", "planner")),
     ("engine", ("engine", "fake_engine")),
     ("around the engine", ("error_table", "log", "metrics", "registry", "services", "stream", "tracking", "uploads")),
     ("requests", ("not_served", "schemas", "selection", "validation_text", "generation", "answers")),

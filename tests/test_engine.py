@@ -262,3 +262,26 @@ def test_logprobs_are_the_models_own() -> None:
         expected = reference(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     got = [event.token.logprob for event in client.events if isinstance(event, TokenEvent)]
     assert got == pytest.approx([expected[2 + i, token].item() for i, token in enumerate(client.tokens)], abs=1e-4)
+
+
+def test_nobody_waits_for_ever_if_the_engines_own_code_fails(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        """An observer with a bug; what it is told of comes outside the part of a step that may fail."""
+
+        def on_step(self, report: StepReport) -> None:
+            raise ZeroDivisionError
+
+        def on_merge(self, seconds: float) -> None:
+            """Nothing."""
+
+    engine = Engine(prepare_model(tiny_model("llama"), character_tokenizer(), name="tiny"), observer=Broken())
+    clients = [Client(), Client()]
+    for number, client in enumerate(clients):
+        engine.submit(request(str(number)), client)
+    engine.start()
+    assert all(isinstance(client.end, Failed) for client in clients)
+    with pytest.raises(Draining):
+        engine.submit(request("late"), Client())
+    assert "takes no more requests" in caplog.text
+    engine.stop()
+    engine.check_integrity()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from adapters.adapter import Adapter, LowRank
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
+from service.adapted import lora_step
 from service.core import AdapterChoice
-from service.lora import LoraBank, lora_step
+from service.lora import LoraBank
 from service.merged import MergedCache, MergedWeights, merge, merged_nbytes
 from service.sites import Site, site_kind
 
