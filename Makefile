@@ -58,7 +58,7 @@ format: $(READY) ## Rewrite the code in the house style
 types: $(READY) ## Check types, strictly
 	$(BIN)/mypy
 
-demo-model: $(READY) ## Make the demo's model and adapters anew from the E2E corpus: make demo-model E2E=folder-of-its-CSVs
+demo-model: $(READY) ## Train the demo's model and adapters anew, an hour on two cores: make demo-model E2E=folder-of-its-CSVs
 	@test -n "$(E2E)" || { echo "Name the folder with E2E's trainset.csv and devset.csv: make demo-model E2E=..." >&2; exit 1; }
 	$(BIN)/python -m adapters.demo.recipe --e2e "$(E2E)" $(ARGS)
 
