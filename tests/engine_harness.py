@@ -14,7 +14,7 @@ from adapters.adapter import Adapter, LowRank
 from adapters.config import AdapterConfig, AdapterKind
 from service.core import Aborted, AdapterChoice, Event, Failed, Finished, GenerationRequest, SamplingParams, TokenEvent
 from service.engine import Engine, EngineOptions
-from service.model import LoadedModel, prepare_model
+from service.model import prepare_model
 from service.sites import Site, site_kind
 from tests.tiny_models import LINEAR_TARGETS, VOCAB
 
@@ -83,13 +83,12 @@ class Client:
 
 @contextmanager
 def running_engine(
-    model: PreTrainedModel | LoadedModel,
+    model: PreTrainedModel,
     adapters: Mapping[str, Adapter] | None = None,
     options: EngineOptions | None = None,
 ) -> Iterator[Engine]:
     """An engine that is started, and that must hold nothing when the block ends."""
-    loaded = model if isinstance(model, LoadedModel) else prepare_model(model, character_tokenizer(), name="tiny")
-    engine = Engine(loaded, options)
+    engine = Engine(prepare_model(model, character_tokenizer(), name="tiny"), options)
     for version, adapter in (adapters or {}).items():
         engine.load(version, adapter)
     engine.start()

@@ -1,6 +1,5 @@
 """Which base models are served, and what those hear that are not."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,11 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from adapters.adapter import Adapter
-from adapters.checkpoint import read_peft
-from adapters.config import AdapterKind
-from adapters.convert import export_rank, renest
-from adapters.demo import ARTIFACTS
+from adapters.convert import export_rank
 from service.core import AdapterChoice, GenerationRequest, SamplingParams
 from service.engine import Engine
 from service.errors import ModelRefused
@@ -127,45 +121,6 @@ def test_what_is_no_causal_model_or_no_safetensors_is_refused(tmp_path: Path) ->
         load_model(str(tmp_path / "nothing here"))
 
 
-def demo_requests(tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, Adapter]) -> list[GenerationRequest]:
-    """32 prompts of both directions over all adapters and five ranks, and the base alone."""
-    prompts = [
-        "name[Loch Fyne], food[Japanese], familyFriendly[yes]",
-        "name[The Vaults], eatType[pub], priceRange[more than £30], customer rating[5 out of 5], near[Café Adriatic]",
-        "The Cricketers is a family-friendly Chinese restaurant near The Portland Arms.",
-        "name[Blue Spice], eatType[coffee shop], area[city centre]",
-    ]
-    pairs = [
-        AdapterChoice(version, rank, adapter.config.scale(rank))
-        for rank in (1, 2, 4, 8, 16)
-        for version, adapter in adapters.items()
-        if rank in adapter.config.ranks
-    ]
-    choices = [None if i % 8 == 7 else pairs[i % len(pairs)] for i in range(32)]
-    sampling = SamplingParams(max_new_tokens=40)
-    return [
-        GenerationRequest(f"request-{i}", tuple(tokenizer.encode(prompts[i % len(prompts)])), sampling, choice)
-        for i, choice in enumerate(choices)
-    ]
-
-
-def demo_adapters() -> dict[str, Adapter]:
-    """The shipped adapters as the store keeps them, and the ordinary LoRA once more as it came."""
-    shipped = {folder.name: read_peft(folder) for folder in sorted((ARTIFACTS / "adapters").iterdir())}
-    plain = {f"{name}, plain": each for name, each in shipped.items() if each.config.kind is AdapterKind.LORA}
-    return {name: renest(each) if each.config.kind is AdapterKind.LORA else each for name, each in shipped.items()} | plain
-
-
-def test_the_demo_gives_transformers_and_pefts_tokens_at_every_rank(tmp_path: Path) -> None:
-    loaded = load_model(str(ARTIFACTS / "base"))
-    adapters = demo_adapters()
-    assert len(adapters) == 4
-    requests = demo_requests(loaded.tokenizer, adapters)
-    with running_engine(loaded, adapters) as engine:
-        together = [client.tokens for client in generate(engine, requests)]
-    check_against_stock(ARTIFACTS / "base", adapters, requests, together, tmp_path)
-
-
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the genuine small model is not beside this checkout")
 def test_a_genuine_model_gives_transformers_and_pefts_tokens_at_every_rank(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(STORIES)
@@ -173,21 +128,10 @@ def test_a_genuine_model_gives_transformers_and_pefts_tokens_at_every_rank(tmp_p
     requests = mixed_requests(adapters, ranks=(1, 4, 8, 16), new_tokens=24, ignore_eos=False)
     with running_engine(model, adapters) as engine:
         together = [client.tokens for client in generate(engine, requests)]
-    check_against_stock(STORIES, adapters, requests, together, tmp_path)
-
-
-def check_against_stock(
-    base: Path,
-    adapters: Mapping[str, Adapter],
-    requests: Sequence[GenerationRequest],
-    tokens: Sequence[Sequence[int]],
-    folder: Path,
-) -> None:
-    """Assert that stock PEFT, on the checkpoints exported at each rank, gives these tokens."""
-    stock: dict[AdapterChoice | None, PreTrainedModel] = {None: AutoModelForCausalLM.from_pretrained(base)}
-    for number, (request, got) in enumerate(zip(requests, tokens, strict=True)):
+    stock: dict[AdapterChoice | None, PreTrainedModel] = {None: AutoModelForCausalLM.from_pretrained(STORIES)}
+    for number, (request, tokens) in enumerate(zip(requests, together, strict=True)):
         choice = request.adapter
         if choice is not None and choice not in stock:
-            export_rank(adapters[choice.version], choice.rank, folder / str(number))
-            stock[choice] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / str(number))
-        assert stock_tokens(stock[choice], request) == got, f"request {number}: {choice}"
+            export_rank(adapters[choice.version], choice.rank, tmp_path / str(number))
+            stock[choice] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(STORIES), tmp_path / str(number))
+        assert stock_tokens(stock[choice], request) == tokens, f"request {number}: {choice}"

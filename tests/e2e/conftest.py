@@ -35,3 +35,11 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def client(server: ServerProcess) -> Iterator[Client]:
     with httpx.Client(base_url=server.url, timeout=60) as http:
         yield Client(http)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The server as `make serve` starts it, but for its port and its folder. A story leaves it as it found it."""
+    root = tmp_path_factory.mktemp("demo")
+    with ServerProcess({"adapters_dir": root / "adapters", "threads": 1}, root / "log") as server:
+        yield server

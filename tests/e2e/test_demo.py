@@ -17,14 +17,6 @@ MEANING = "name[Blue Spice], eatType[coffee shop], area[city centre]"
 ADAPTERS = {"mr-to-text": "dylora", "text-to-mr": "dylora", "mr-to-text-lora": "renested"}
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The server as `make serve` starts it, but for its port and its folder."""
-    root = tmp_path_factory.mktemp("demo")
-    with ServerProcess({"adapters_dir": root / "adapters", "threads": 1}, root / "log") as server:
-        yield server
-
-
 @pytest.fixture
 def client(demo: ServerProcess) -> Iterator[Client]:
     with httpx.Client(base_url=demo.url, timeout=60) as http:

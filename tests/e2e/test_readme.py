@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,13 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CURL_BLOCKS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "curl" in block]
 PROMPT = "name[Loch Fyne], food[Japanese], familyFriendly[yes]"
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    root = tmp_path_factory.mktemp("demo")
-    with ServerProcess({"adapters_dir": root / "adapters"}, root / "log") as server:
-        yield server
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
