@@ -226,7 +226,9 @@ class PagedAttention:
         seen_keys = self._gather("keys", keys, self._decode_table)
         seen_values = self._gather("values", values, self._decode_table)
         mask = self._decode_mask(seen_keys.shape[2], call.window)
-        return _attention(query.unsqueeze(2), seen_keys, seen_values, mask, call).squeeze(2)
+        # The query heads that share a key/value head see the same keys: as queries of one head they need no copies of it.
+        grouped = query.reshape(len(query), seen_keys.shape[1], -1, query.shape[-1])  # [decodes, kv_heads, groups, dim]
+        return _attention(grouped, seen_keys, seen_values, mask, call).flatten(1, 2)
 
     def _gather(self, what: str, cache: Tensor, table: Tensor) -> Tensor:
         """Whole blocks side by side, [sequences, kv_heads, blocks * block_tokens, dim]. Good until the next call."""

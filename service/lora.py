@@ -125,14 +125,12 @@ class LoraBank:
                 yield f"{path}: its lora_bias has shape {list(bias.shape)}, the base {[self.site(path).out_features]}"
         replaced = {f"{path}.bias": bias for path, bias in adapter.base_bias.items()} | dict(adapter.saved_modules)
         for name, value in replaced.items():
-            path, _, leaf = name.rpartition(".")
-            parameter = (
-                dict(self._originals[path].named_parameters(recurse=False)).get(leaf) if path in self._originals else None
-            )
+            parameter = self._parameters.get(name)
             if parameter is None:
                 yield f"{name}: the base model has no such parameter"
             elif parameter.shape != value.shape:
-                hint = "; a resized vocabulary needs a base model resized alike" if "embed" in name or "head" in name else ""
+                is_resized = value.ndim == 2 and value.shape[1:] == parameter.shape[1:]
+                hint = " (is its vocabulary resized? then the base must be, too)" if is_resized else ""
                 yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
 
     def _place(self, version: str, adapter: Adapter) -> _Resident:

@@ -68,7 +68,7 @@ DYLORA = DyLoRAConfig(
 """How the nested adapters are trained: as the paper has it, but for the scale, alpha / sqrt(b), and for p_B, which gives
 full rank ten times the weight of any other. In this short a training full rank would else hardly get its turn."""
 
-_STEPS = {AdapterName.MR_TO_TEXT: 900, AdapterName.TEXT_TO_MR: 550, AdapterName.MR_TO_TEXT_LORA: 350}
+_STEPS = {AdapterName.MR_TO_TEXT: 2600, AdapterName.TEXT_TO_MR: 550, AdapterName.MR_TO_TEXT_LORA: 350}
 
 
 def settings_of(name: AdapterName, steps: int | None = None) -> TrainSettings:

@@ -16,7 +16,10 @@ from service.settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CURL_BLOCKS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "curl" in block]
-PROMPT = "name[Loch Fyne], food[Japanese], familyFriendly[yes]"
+PROMPT = (
+    "name[The Golden Palace], eatType[coffee shop], food[Chinese], priceRange[moderate], customer rating[3 out of 5],"
+    " area[riverside]"
+)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
