@@ -4,8 +4,8 @@ DIR holds trainset.csv and devset.csv of the E2E NLG challenge. `--only base` (o
 one part, `--out` writes elsewhere than into the package, and `--work` keeps checkpoints, from which a run that was
 stopped goes on. An adapter needs the base; its quality is measured as soon as it is trained.
 
-On two cores of a server CPU that other work kept busy, one thread each: the base took 24 minutes, mr-to-text 15,
-text-to-mr 10, mr-to-text-lora 7, and measuring an adapter at 16 ranks 5. The base's fastest stretches ran at 2.4 s a
+On two cores of a server CPU that other work kept busy, one thread each: the base took 24 minutes, mr-to-text 31,
+text-to-mr 10, mr-to-text-lora 7, and measuring an adapter at 16 ranks 3 to 5. The base's fastest stretches ran at 2.4 s a
 step, the adapters' at 0.6 to 0.8 s: left alone, expect about half of these times.
 """
 
