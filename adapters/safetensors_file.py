@@ -1,6 +1,6 @@
 """Reading a safetensors file that somebody else wrote, without trusting a byte of it.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes, the header's length N as a little-endian integer; N bytes
+The format, as its documentation has it: eight bytes, the header's length N as a little-endian integer; N bytes
 of JSON, `{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, perhaps with `__metadata__`; then the data, which the
 tensors fill without a gap. The header is checked whole before any tensor is allocated, and tensors are copied out of the
 file, not mapped: a mapped tensor would change, or end the process, when its file is rewritten.

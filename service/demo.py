@@ -1,13 +1,17 @@
-"""Puts the adapters shipped with the demo model into the store, once."""
+"""Puts the adapters shipped with the demo model into the store, once each."""
 
+import hashlib
+import json
 from pathlib import Path
 
 from adapters.demo import ARTIFACTS
+from adapters.errors import InvalidAdapter
+from adapters.json_file import read_json
 from adapters.store import AdapterStore
 from service.log import logger, pairs
 
-_MARKER = "demo-adapters"
-"""A file in the store's folder: they came once, and whoever deletes them does not want them back."""
+_RECORD = "demo-adapters.json"
+"""A file in the store's folder: by adapter, the digest of the files that were shipped and the version they became."""
 
 
 def demo_model_folder() -> Path:
@@ -21,18 +25,46 @@ def demo_adapter_folders() -> tuple[Path, ...]:
 
 
 def preload(store: AdapterStore, store_folder: Path, folders: tuple[Path, ...]) -> int:
-    """Put the adapters into the store unless that was done before; how many were put.
+    """Put the shipped adapters into the store; how many were put.
+
+    Each comes once, and again when a new release ships other files. What its user deleted stays deleted, and what its user
+    put under the same name stays.
 
     Raises:
         AdapterError: one can't be stored.
     """
-    marker = store_folder / _MARKER
-    if marker.exists():
-        return 0
-    taken = {stored.name for stored in store.list()}
-    new = [folder for folder in folders if folder.name not in taken]
-    for folder in new:
-        store.put(folder.name, folder)
-        logger.info("%s", "demo adapter stored " + pairs(adapter=folder.name))
-    marker.touch()
-    return len(new)
+    record_file = store_folder / _RECORD
+    record = _read_record(record_file)
+    stored = {each.name: each.version for each in store.list()}
+    count = 0
+    for folder in folders:
+        name, digest = folder.name, _digest(folder)
+        known = record.get(name, {})
+        # Unknown so far: it comes unless the name is taken. Known: it is renewed if it still is what we put.
+        is_ours = stored.get(name) == known.get("version")
+        if known.get("shipped") == digest or not is_ours:
+            continue
+        record[name] = {"shipped": digest, "version": store.put(name, folder).version}
+        logger.info("%s", "demo adapter stored " + pairs(adapter=name))
+        count += 1
+    if count:
+        fresh = record_file.with_suffix(".new")
+        fresh.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        fresh.replace(record_file)
+    return count
+
+
+def _read_record(path: Path) -> dict[str, dict[str, str]]:
+    """What was put before; nothing if there is no readable record, and then every name in the store is its user's."""
+    try:
+        record = read_json(path, max_bytes=1 << 20)
+    except InvalidAdapter:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -35,3 +35,25 @@ def test_an_adapter_of_the_users_own_is_not_replaced(store: AdapterStore, shippe
     mine = store.put("demo-1", folder_of(adapter(seed=9), tmp_path / "mine"))
     assert preload(store, tmp_path / "store", shipped) == 1
     assert store.get("demo-1").version == mine.version
+
+
+def test_a_new_release_renews_what_is_still_ours(store: AdapterStore, shipped: tuple[Path, ...], tmp_path: Path) -> None:
+    preload(store, tmp_path / "store", shipped)
+    before = store.get("demo-2").version
+    store.delete("demo-1")
+    newer = tuple(folder_of(adapter(seed=seed), tmp_path / "newer" / f"demo-{seed - 10}") for seed in (11, 12))
+    assert preload(store, tmp_path / "store", newer) == 1
+    assert names(store) == ["demo-2"]
+    assert store.get("demo-2").version != before
+    mine = store.put("demo-2", folder_of(adapter(seed=9), tmp_path / "mine"))
+    assert preload(store, tmp_path / "store", shipped) == 0
+    assert store.get("demo-2").version == mine.version
+
+
+def test_an_unreadable_record_takes_nothing_from_anybody(
+    store: AdapterStore, shipped: tuple[Path, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "store" / "demo-adapters.json").write_text("[")
+    mine = store.put("demo-1", folder_of(adapter(seed=9), tmp_path / "mine"))
+    assert preload(store, tmp_path / "store", shipped) == 1
+    assert store.get("demo-1").version == mine.version
