@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from adapters.adapter import Adapter
@@ -99,7 +99,9 @@ class Engine:
         )
         self._tickets: dict[Sequence, Ticket] = {}
 
-        self._facts = loaded.facts
+        # One limit for all who ask: what the model allows, and what the cache can hold of one request.
+        context = min(loaded.max_context_tokens, self._pool.capacity_tokens)
+        self._facts = replace(loaded.facts, max_context_tokens=context)
         self._lock = threading.Condition()  # guards the five below
         self._adapters: dict[str, Adapter] = {}
         self._live: dict[str, Sequence] = {}  # request id -> sequence, from submit to its terminal event
@@ -197,7 +199,7 @@ class Engine:
 
     def _check(self, request: GenerationRequest) -> None:
         asked = len(request.prompt_ids) + request.sampling.max_new_tokens
-        limit = min(self._facts.max_context_tokens, self._pool.capacity_tokens)
+        limit = self._facts.max_context_tokens
         if not request.prompt_ids:
             raise InvalidRequest("inputs", "the prompt has no tokens; at least one is needed")
         if asked > limit:

@@ -43,6 +43,7 @@ class LoraBank:
         self._originals = dict(model.named_modules())  # as they were before any was adapted
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._token_embedding = token_embedding
+        self._dtype = token_embedding.get_parameter("weight").dtype
         self._adapted: dict[str, AdaptedModule] = {}
         self._capacity = columns
         self._residents: dict[str, _Resident] = {}  # least recently acquired first
@@ -104,7 +105,7 @@ class LoraBank:
         if self._active is None or not self._active.covers(ranks):
             self._active = ActiveColumns({version: (self._residents[version].start, r) for version, r in ranks.items()})
         adapters = {version: self._residents[version].adapter for version in ranks}
-        return MixedStep(self._active, adapters, choices, lengths, sampled)
+        return MixedStep(self._active, adapters, choices, lengths, sampled, self._dtype)
 
     def _misfits(self, adapter: Adapter) -> Iterator[str]:
         for path, factors in adapter.modules.items():

@@ -69,7 +69,9 @@ class MixedStep:
         choices: Sequence[AdapterChoice | None],
         lengths: Sequence[int],
         sampled: Tensor,
+        dtype: torch.dtype,
     ) -> None:
+        """See `LoraBank.step`; `dtype` is that of the model, in which every module multiplies the mask."""
         self._active = active
         self._targets = frozenset(path for adapter in adapters.values() for path in adapter.modules)
         self._special = {version for version, adapter in adapters.items() if has_special_rows(adapter)}
@@ -79,13 +81,13 @@ class MixedStep:
                 (active.offsets[choice.version], choice.rank, choice.scale) if choice is not None else (0.0, 0.0, 0.0)
                 for choice in choices
             ],
-            dtype=torch.float64,
+            dtype=torch.float32,
         )
         per_row = table.repeat_interleave(torch.tensor(lengths), dim=0).to(device)  # [rows, 3]
         start, rank, scale = per_row.T[:, :, None]
         column = torch.arange(active.count, device=device)
         inside = (column >= start) & (column < start + rank)
-        mask = torch.where(inside, scale, 0.0).float()  # [rows, columns]
+        mask = torch.where(inside, scale, 0.0).to(dtype)  # [rows, columns]
         every = _Rows(mask)
         some = _Rows(mask[sampled])
         if self._special:
@@ -116,5 +118,5 @@ class MixedStep:
         if targeted:
             a, b = self._active.factors(module)
             low = a[flat_x] * module.site.embed_scale if is_embedding else flat_x @ a  # [rows, columns]
-            flat_out.addmm_(low * rows.mask.to(low.dtype), b)
+            flat_out.addmm_(low * rows.mask, b)
         return out

@@ -23,6 +23,7 @@ class Planner:
     def __init__(self, bank: LoraBank, *, cache_bytes: int, merge_after_steps: int, observer: EngineObserver | None) -> None:
         self._bank = bank
         self._cache_bytes = cache_bytes
+        self._fits: dict[str, bool] = {}  # version -> whether its merged weights fit the cache; asked in every step
         self._merged = MergedCache(cache_bytes)
         self._merge_after_steps = merge_after_steps
         self._observer = observer
@@ -37,6 +38,7 @@ class Planner:
     def forget(self, version: str) -> None:
         """Drop the merged weights of an adapter at every rank."""
         self._merged.forget(version)
+        self._fits.pop(version, None)
 
     def plan(self, batch: Batch, adapter: Adapter | None, rows: Rows) -> tuple[Mode, LoraStep | None]:
         """How to run a batch whose first row uses `adapter`."""
@@ -55,10 +57,15 @@ class Planner:
 
     def _merged_weights(self, choice: AdapterChoice, adapter: Adapter) -> MergedWeights | None:
         """Held, or made now if that is worth it."""
-        is_worth_it = self._streak > self._merge_after_steps
-        if choice not in self._merged and not (is_worth_it and merged_nbytes(adapter, self._bank.site) <= self._cache_bytes):
+        is_worth_it = self._streak > self._merge_after_steps and self._can_hold(choice.version, adapter)
+        if choice not in self._merged and not is_worth_it:
             return None
         return self._merged.get(choice) or self._merge(choice, adapter)
+
+    def _can_hold(self, version: str, adapter: Adapter) -> bool:
+        if version not in self._fits:
+            self._fits[version] = merged_nbytes(adapter, self._bank.site) <= self._cache_bytes
+        return self._fits[version]
 
     def _merge(self, choice: AdapterChoice, adapter: Adapter) -> MergedWeights:
         started = time.monotonic()

@@ -285,3 +285,12 @@ def test_nobody_waits_for_ever_if_the_engines_own_code_fails(caplog: pytest.LogC
     assert "takes no more requests" in caplog.text
     engine.stop()
     engine.check_integrity()
+
+
+def test_a_small_cache_shortens_the_context_for_all_who_ask() -> None:
+    options = EngineOptions(max_running=4, kv_block_tokens=4, kv_cache_bytes=10 * 4 * 256)
+    with running_engine(tiny_model("llama"), options=options) as engine:
+        assert engine.model.max_context_tokens == 40
+        with pytest.raises(InvalidRequest, match="exceed the context of 40 tokens"):
+            engine.submit(request(sampling=SamplingParams(max_new_tokens=38)), Client())
+        assert len(generate(engine, [request(sampling=replace(LONG, max_new_tokens=37))])[0].tokens) == 37
