@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from adapters.errors import AdapterError
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 from service import routes_adapters, routes_generate, routes_ops
 from service.core import EngineProtocol
 from service.error_table import error_body, kind_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from adapters.demo import ARTIFACTS
 from adapters.errors import InvalidAdapter
 from adapters.json_file import read_json
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 from service.log import logger, pairs
 
 _RECORD = "demo-adapters.json"

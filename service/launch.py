@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from adapters.limits import CheckpointLimits
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 from service import demo, log, server
 from service.app import create_app
 from service.core import EngineObserver, EngineProtocol

@@ -12,12 +12,12 @@ from types import MappingProxyType
 from typing import Protocol
 
 from adapters.adapter import Adapter
-from adapters.archive import pack_zip
-from adapters.convert import export_rank
 from adapters.errors import AdapterBusy, AdapterError, InvalidName
+from adapters.nesting import export_rank
 from adapters.quality import QualityProfile
-from adapters.store import AdapterStore
-from adapters.stored import StoredAdapter, check_name
+from adapters.store.archive import pack_zip
+from adapters.store.store import AdapterStore
+from adapters.store.stored import StoredAdapter, check_name
 from service.core import AdapterChoice, EngineProtocol
 from service.errors import AdapterUnfit, NotReady, UnknownAdapter
 from service.rank_policy import RankFacts

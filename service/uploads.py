@@ -12,10 +12,10 @@ from anyio import to_thread
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from adapters.archive import unpack_zip
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE
 from adapters.errors import AdapterTooLarge
 from adapters.quality import QUALITY_FILE
+from adapters.store.archive import unpack_zip
 from service.errors import InvalidRequest, UnsupportedUpload
 
 ARCHIVE_PART = "archive"

@@ -18,7 +18,7 @@ from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE, write_peft
 from adapters.config import AdapterKind
 from adapters.limits import CheckpointLimits
 from adapters.quality import QUALITY_FILE, Metric, QualityProfile
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 from service.app import create_app
 from service.fake_engine import FakeEngine
 from service.metrics import Metrics

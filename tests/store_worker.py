@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 
 _WATCHED = frozenset(
     {

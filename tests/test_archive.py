@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.archive import pack_zip, unpack_zip
 from adapters.checkpoint import CONFIG_FILE, QUALITY_FILE, TENSORS_FILE
 from adapters.errors import AdapterTooLarge, InvalidAdapter
+from adapters.store.archive import pack_zip, unpack_zip
 
 FILES = {CONFIG_FILE: b"{}", TENSORS_FILE: b"\0" * 1000}
 

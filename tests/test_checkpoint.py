@@ -11,10 +11,10 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE, describe_peft, read_peft, write_peft
+from adapters.checkpoint.peft_config import pattern_value
 from adapters.config import AdapterKind
-from adapters.convert import renest
 from adapters.errors import InvalidAdapter
-from adapters.peft_config import pattern_value
+from adapters.nesting import renest
 from adapters.quality import Metric, QualityProfile
 from tests.checkpoints import (
     OUT,

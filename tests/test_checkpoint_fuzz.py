@@ -11,8 +11,8 @@ from safetensors.torch import save
 
 from adapters.adapter import Adapter
 from adapters.checkpoint import CONFIG_FILE, QUALITY_FILE, TENSORS_FILE, read_peft
+from adapters.checkpoint.peft_config import IGNORED_FIELDS, READ_FIELDS, REFUSED_FIELDS
 from adapters.errors import InvalidAdapter
-from adapters.peft_config import IGNORED_FIELDS, READ_FIELDS, REFUSED_FIELDS
 from tests.checkpoints import plain_config, plain_tensors, safetensors_bytes
 
 GOOD_FILE = save(plain_tensors())

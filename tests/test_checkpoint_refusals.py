@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters.checkpoint import CONFIG_FILE, QUALITY_FILE, TENSORS_FILE, CheckpointLimits, read_peft
+from adapters.checkpoint.peft_config import IGNORED_FIELDS, READ_FIELDS, REFUSED_FIELDS
 from adapters.errors import AdapterTooLarge, InvalidAdapter
-from adapters.peft_config import IGNORED_FIELDS, READ_FIELDS, REFUSED_FIELDS
 from tests.checkpoints import (
     IN,
     OUT,

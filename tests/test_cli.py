@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 from service.cli import BAD_USAGE, main
 from service.core import EngineObserver, EngineProtocol
 from service.errors import ModelRefused

@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from adapters.data import Example, read_e2e, read_jsonl, reversed_pairs, spaced
-from adapters.e2e import parse_mr, slot_coverage, slot_f1
+from adapters.data.e2e import read_e2e, reversed_pairs, spaced
+from adapters.data.example import Example
+from adapters.data.jsonl import read_jsonl
 from adapters.errors import DataError
+from adapters.evaluation.slots import parse_mr, slot_coverage, slot_f1
 
 MR = "name[Blue Spice], customer rating[5 out of 5], near[Café Brazil]"
 

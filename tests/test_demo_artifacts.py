@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.checkpoint import read_peft
 from adapters.config import AdapterKind
-from adapters.convert import renest
 from adapters.demo import ARTIFACTS, BASE_NAME
-from adapters.layer import target_paths, write_adapter
+from adapters.nesting import renest
+from adapters.training.layer import target_paths, write_adapter
 
 FOLDERS = sorted(path for path in (ARTIFACTS / "adapters").iterdir())
 PROMPT = "name[Blue Spice], eatType[coffee shop], area[city centre]"

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.store import AdapterStore
+from adapters.store.store import AdapterStore
 from service.demo import preload
 from tests.http_harness import adapter, folder_of
 

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from adapters.dylora import DyLoRAConfig, RankDistribution
 from adapters.errors import InvalidAdapter
+from adapters.training.dylora import DyLoRAConfig, RankDistribution
 
 DRAWS = 8000
 

@@ -3,13 +3,13 @@ import torch
 from transformers import AutoTokenizer
 
 from adapters.checkpoint import read_peft
-from adapters.data import Example
+from adapters.data.example import Example
 from adapters.demo import ARTIFACTS
 from adapters.demo.recipe import load_base
-from adapters.encoding import IGNORED, EncodedPair, LikeLengths, PairDataset, RightPad, encode
 from adapters.errors import DataError
-from adapters.evaluate import BLEU, LOSS, SLOT_COVERAGE, evaluate, generate
-from adapters.layer import set_rank, write_adapter
+from adapters.evaluation.evaluate import BLEU, LOSS, SLOT_COVERAGE, evaluate, generate
+from adapters.training.encoding import IGNORED, EncodedPair, LikeLengths, PairDataset, RightPad, encode
+from adapters.training.layer import set_rank, write_adapter
 
 EXAMPLES = (
     Example("name[Aromi], area[riverside]", (" Aromi is by the river.", " By the river: Aromi.")),

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from adapters.checkpoint import read_peft
-from adapters.convert import export_rank, renest
+from adapters.nesting import export_rank, renest
 from service.core import AdapterChoice, GenerationRequest, Mode, SamplingParams
 from service.engine import EngineOptions
 from tests.engine_harness import generate, mixed_requests, random_dylora, running_engine

@@ -11,7 +11,7 @@ import torch
 
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE, read_peft
 from adapters.config import AdapterKind
-from adapters.convert import at_rank
+from adapters.nesting import at_rank
 from service.core import EngineStats
 from tests.checkpoints import plain_config, plain_tensors, write_folder
 from tests.http_harness import Server, adapter, files_of, folder_of, in_process, on_socket, zip_of

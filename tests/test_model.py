@@ -14,7 +14,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adapters.convert import export_rank
+from adapters.nesting import export_rank
 from service.core import AdapterChoice, GenerationRequest, SamplingParams
 from service.engine import Engine
 from service.errors import ModelRefused

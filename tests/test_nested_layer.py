@@ -6,7 +6,7 @@ import torch
 
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import IllegalRank, InvalidAdapter
-from adapters.layer import NestedLoRA, inject, nested_layers, read_adapter, set_rank, target_paths, write_adapter
+from adapters.training.layer import NestedLoRA, inject, nested_layers, read_adapter, set_rank, target_paths, write_adapter
 from tests.tiny_models import LINEAR_TARGETS, TINY_KINDS, VOCAB, tiny_model
 
 R_MAX = 4

@@ -18,10 +18,10 @@ import torch
 from adapters.adapter import Adapter
 from adapters.checkpoint import TENSORS_FILE, CheckpointLimits, read_peft, write_peft
 from adapters.config import AdapterKind
-from adapters.convert import renest
 from adapters.errors import AdapterBusy, AdapterError, AdapterNotFound, InvalidAdapter, InvalidName, StoreFull
+from adapters.nesting import renest
 from adapters.quality import Metric, QualityProfile
-from adapters.store import AdapterStore, check_name
+from adapters.store.store import AdapterStore, check_name
 from tests.checkpoints import random_adapter
 
 ROOT = Path(__file__).parents[1]

@@ -8,12 +8,12 @@ import torch
 from transformers import TrainerCallback
 
 from adapters.adapter import Adapter
-from adapters.dylora import DyLoRAConfig
-from adapters.encoding import EncodedPair
 from adapters.errors import InvalidAdapter
-from adapters.evaluate import completion_loss
-from adapters.layer import inject, nested_layers, set_rank
-from adapters.train import DyLoRATrainer, TrainSettings, train_dylora
+from adapters.evaluation.evaluate import completion_loss
+from adapters.training.dylora import DyLoRAConfig
+from adapters.training.encoding import EncodedPair
+from adapters.training.layer import inject, nested_layers, set_rank
+from adapters.training.trainer import DyLoRATrainer, TrainSettings, train_dylora
 from tests.tiny_models import tiny_model
 
 CONFIG = DyLoRAConfig(r_max=4, alpha=4.0)

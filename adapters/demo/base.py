@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapters.data import Example
-from adapters.muon import Muon
+from adapters.data.example import Example
+from adapters.training.muon import Muon
 
 EOS = "<|end|>"
 NEWLINE = "\n"

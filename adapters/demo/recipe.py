@@ -24,17 +24,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from adapters.checkpoint import QUALITY_FILE, read_peft, write_peft
 from adapters.config import AdapterKind
-from adapters.convert import renest
 from adapters.demo import ARTIFACTS, BASE_NAME
 from adapters.demo.base import BaseRecipe, save_base, train_base
 from adapters.demo.stock_lora import train_stock_lora
 from adapters.demo.tasks import DYLORA, E2E, LORA_ALPHA, R_MAX, AdapterName, settings_of, task_of
-from adapters.encoding import encode
 from adapters.errors import AdapterError
-from adapters.evaluate import evaluate
-from adapters.layer import write_adapter
+from adapters.evaluation.evaluate import evaluate
+from adapters.nesting import renest
 from adapters.quality import QualityProfile
-from adapters.train import train_dylora
+from adapters.training.encoding import encode
+from adapters.training.layer import write_adapter
+from adapters.training.trainer import train_dylora
 
 SHOWN_RANKS = (1, 2, 4, 8, 16)
 

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from adapters.encoding import EncodedPair
-from adapters.train import PairTrainer, TrainSettings, last_checkpoint, padding_id
+from adapters.training.encoding import EncodedPair
+from adapters.training.trainer import PairTrainer, TrainSettings, last_checkpoint, padding_id
 
 
 def train_stock_lora(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from adapters.data import Example, read_e2e, reversed_pairs, spaced
-from adapters.dylora import DyLoRAConfig, RankDistribution
-from adapters.evaluate import BLEU, SLOT_COVERAGE, SLOT_F1, TextMetric
-from adapters.train import OptimizerName, TrainSettings
+from adapters.data.e2e import read_e2e, reversed_pairs, spaced
+from adapters.data.example import Example
+from adapters.evaluation.evaluate import BLEU, SLOT_COVERAGE, SLOT_F1, TextMetric
+from adapters.training.dylora import DyLoRAConfig, RankDistribution
+from adapters.training.trainer import OptimizerName, TrainSettings
 
 R_MAX = 16
 LORA_ALPHA = 32

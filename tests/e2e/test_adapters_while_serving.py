@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 from adapters.checkpoint import read_peft
-from adapters.convert import export_rank, renest
+from adapters.nesting import export_rank, renest
 from loadtests.server_process import ServerProcess
 from tests.e2e.tiny_server import PROMPT, Client, adapter_files, in_background, stock_tokens, wait_until
 

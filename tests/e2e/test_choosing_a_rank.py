@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapters.checkpoint import read_peft
-from adapters.convert import export_rank, renest
+from adapters.nesting import export_rank, renest
 from tests.e2e.tiny_server import PROMPT, Client, stock_tokens
 
 

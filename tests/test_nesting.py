@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from adapters.adapter import Adapter, LowRank
 from adapters.checkpoint import CONFIG_FILE, QUALITY_FILE, TENSORS_FILE, read_peft, write_peft
 from adapters.config import AdapterConfig, AdapterKind
-from adapters.convert import at_rank, energy_per_rank, export_rank, renest
 from adapters.errors import IllegalRank, InvalidAdapter
+from adapters.nesting import at_rank, energy_per_rank, export_rank, renest
 from adapters.quality import Metric, QualityProfile
 from tests.checkpoints import delta, edit_config, random_adapter
 from tests.tiny_models import random_peft_adapter, some_tokens, stock_logits, tiny_model

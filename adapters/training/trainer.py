@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from adapters.adapter import Adapter
-from adapters.dylora import DyLoRAConfig
-from adapters.encoding import EncodedPair, LikeLengths, PairDataset, RightPad
 from adapters.errors import InvalidAdapter
-from adapters.layer import factors, inject, read_adapter, set_rank
-from adapters.muon import Muon
+from adapters.training.dylora import DyLoRAConfig
+from adapters.training.encoding import EncodedPair, LikeLengths, PairDataset, RightPad
+from adapters.training.layer import factors, inject, read_adapter, set_rank
+from adapters.training.muon import Muon
 
 FACTORS_FILE = "factors.safetensors"
 """The part of a Trainer checkpoint that holds A and B; the base is never written."""
@@ -28,7 +28,7 @@ class OptimizerName(StrEnum):
 
     ADAMW = "adamw"
     MUON = "muon"
-    """Not in the paper; `adapters.muon`. A and B are matrices, each moved as one."""
+    """Not in the paper; `adapters.training.muon`. A and B are matrices, each moved as one."""
 
 
 @dataclass(frozen=True)

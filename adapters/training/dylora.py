@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
-from adapters.layer import ALL_LINEAR
+from adapters.training.layer import ALL_LINEAR
 
 
 class RankDistribution(StrEnum):

@@ -21,14 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from adapters import store_files
 from adapters.adapter import Adapter
 from adapters.checkpoint import describe_peft, read_peft, write_peft
 from adapters.config import AdapterKind
-from adapters.convert import renest as renest_adapter
 from adapters.errors import AdapterBusy, AdapterNotFound, InvalidAdapter, InvalidName, StoreFull
 from adapters.limits import CheckpointLimits
-from adapters.stored import LEGAL_NAMES, StoredAdapter, check_name, is_digest, read_name_file, version_folder
+from adapters.nesting import renest as renest_adapter
+from adapters.store import files
+from adapters.store.stored import LEGAL_NAMES, StoredAdapter, check_name, is_digest, read_name_file, version_folder
 
 __all__ = ["LEGAL_NAMES", "AdapterStore", "StoredAdapter", "check_name"]
 
@@ -59,7 +59,7 @@ class AdapterStore:
         self._versions, self._names, self._tmp = root / "versions", root / "names", root / "tmp"
         for folder in (self._versions, self._names, self._tmp):
             folder.mkdir(parents=True, exist_ok=True)
-        self._owned = store_files.lock_folder(root)
+        self._owned = files.lock_folder(root)
         self._guard = threading.RLock()  # of what follows
         self._adapters: dict[str, StoredAdapter] = {}
         self._broken: dict[str, InvalidAdapter] = {}
@@ -125,7 +125,7 @@ class AdapterStore:
         """
         folder = version_folder(self._versions, stored.version)
         try:
-            if store_files.digest_folder(folder) != stored.version:
+            if files.digest_folder(folder) != stored.version:
                 raise InvalidAdapter([f"{stored.name}: the stored files do not match their digest {stored.version}"])
             return read_peft(folder, limits=_NO_LIMITS)
         except (OSError, InvalidAdapter):
@@ -176,8 +176,8 @@ class AdapterStore:
                 adapter = renest_adapter(adapter)
             with _disk_full_as_store_full(), self.new_upload() as staging:
                 write_peft(adapter, staging)
-                stored = self._describe(name, staging, store_files.digest_folder(staging), datetime.now(UTC))
-                store_files.sync_folder(staging)
+                stored = self._describe(name, staging, files.digest_folder(staging), datetime.now(UTC))
+                files.sync_folder(staging)
                 if check is not None:
                     check(stored, adapter)
                 return self._commit(stored, staging)
@@ -194,7 +194,7 @@ class AdapterStore:
                 raise AdapterNotFound(name)
             stored = self._adapters.pop(name, None)
             self._broken.pop(name, None)
-            store_files.remove_file(self._name_file(name))
+            files.remove_file(self._name_file(name))
             if stored is not None:
                 self._discard_unless_used(stored.version)
 
@@ -226,11 +226,11 @@ class AdapterStore:
             self._check_bytes(stored)
             target = self._versions / stored.version
             if target.exists() and not self._is_whole(stored.version):
-                store_files.discard_folder(target, self._tmp)
+                files.discard_folder(target, self._tmp)
             if not target.exists():
-                store_files.move_folder(staging, target)
+                files.move_folder(staging, target)
             content = {"version": stored.version, "created": stored.created.isoformat()}
-            store_files.replace_json(self._name_file(stored.name), content, self._tmp)
+            files.replace_json(self._name_file(stored.name), content, self._tmp)
             self._adapters[stored.name] = stored
             self._broken.pop(stored.name, None)
             if old is not None:
@@ -246,14 +246,14 @@ class AdapterStore:
     def _is_whole(self, version: str) -> bool:
         folder = self._versions / version
         try:
-            return folder.is_dir() and store_files.digest_folder(folder) == version
+            return folder.is_dir() and files.digest_folder(folder) == version
         except OSError:
             return False
 
     def _discard_unless_used(self, version: str) -> None:
         folder = self._versions / version
         if folder.is_dir() and all(stored.version != version for stored in self._adapters.values()):
-            store_files.discard_folder(folder, self._tmp)
+            files.discard_folder(folder, self._tmp)
 
     def _name_file(self, name: str) -> Path:
         check_name(name)  # no path is ever built from a name that was not
@@ -261,7 +261,7 @@ class AdapterStore:
 
     def _recover(self) -> None:
         """Read every name, and remove what a killed process left behind."""
-        store_files.clear_folder(self._tmp)
+        files.clear_folder(self._tmp)
         used: set[str] = set()
         for path in sorted(self._names.glob("*.json")):
             name = path.stem
@@ -278,7 +278,7 @@ class AdapterStore:
             return  # a damaged name file may be the only pointer to a version: remove nothing
         for folder in self._versions.iterdir():
             if is_digest(folder.name) and folder.name not in used:
-                store_files.discard_folder(folder, self._tmp)
+                files.discard_folder(folder, self._tmp)
 
     def _describe(self, name: str, folder: Path, version: str, created: datetime) -> StoredAdapter:
         """What is known of a stored folder without reading its tensors."""
@@ -288,7 +288,7 @@ class AdapterStore:
             version=version,
             config=description.config,
             targets=tuple(sorted({path.rpartition(".")[2] for path in description.modules})),
-            nbytes=store_files.folder_bytes(folder),
+            nbytes=files.folder_bytes(folder),
             quality=description.quality,
             created=created,
         )

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from adapters.peft_config import PeftFields
-from adapters.peft_keys import Part, TensorKey, parse_key
-from adapters.safetensors_file import TensorEntry
+from adapters.checkpoint.peft_config import PeftFields
+from adapters.checkpoint.peft_keys import Part, TensorKey, parse_key
+from adapters.checkpoint.safetensors_file import TensorEntry
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole, unlisted, when they are adapted or resized (its EMBEDDING_LAYER_NAMES)."""

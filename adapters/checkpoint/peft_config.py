@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from adapters.checkpoint.peft_writer import BLOCK, CONFIG_FILE
 from adapters.config import AdapterKind
-from adapters.peft_writer import BLOCK, CONFIG_FILE
 
 READ_FIELDS = frozenset(
     {

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from adapters.archive import ADAPTER_FILES
 from adapters.errors import AdapterError
+from adapters.store.archive import ADAPTER_FILES
 
 
 def lock_folder(root: Path) -> BinaryIO:

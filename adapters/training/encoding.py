@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from adapters.data import Example
+from adapters.data.example import Example
 from adapters.errors import DataError
 
 IGNORED = -100

@@ -12,15 +12,15 @@ from pathlib import Path
 from torch import Tensor
 
 from adapters.adapter import Adapter, LowRank
+from adapters.checkpoint.peft_config import PeftFields, literal_pattern, parse_config, pattern_value
+from adapters.checkpoint.peft_inventory import Inventory, is_listed, take_inventory
+from adapters.checkpoint.peft_writer import BLOCK, CONFIG_FILE, TENSORS_FILE, write_peft
+from adapters.checkpoint.safetensors_file import TensorEntry, load_tensors, read_header
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import AdapterTooLarge, InvalidAdapter
 from adapters.json_file import read_json
 from adapters.limits import CheckpointLimits
-from adapters.peft_config import PeftFields, literal_pattern, parse_config, pattern_value
-from adapters.peft_inventory import Inventory, is_listed, take_inventory
-from adapters.peft_writer import BLOCK, CONFIG_FILE, TENSORS_FILE, write_peft
 from adapters.quality import QUALITY_FILE, QualityProfile
-from adapters.safetensors_file import TensorEntry, load_tensors, read_header
 
 __all__ = [
     "CONFIG_FILE",

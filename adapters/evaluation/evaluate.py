@@ -8,12 +8,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adapters.data import Example
-from adapters.e2e import slot_coverage, slot_f1
-from adapters.encoding import EncodedPair, PairDataset, RightPad, encode
-from adapters.layer import set_rank
+from adapters.data.example import Example
+from adapters.evaluation.slots import slot_coverage, slot_f1
 from adapters.quality import Metric, QualityProfile
-from adapters.train import padding_id
+from adapters.training.encoding import EncodedPair, PairDataset, RightPad, encode
+from adapters.training.layer import set_rank
+from adapters.training.trainer import padding_id
 
 LOSS = "loss per completion token"
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter, LowRank
+from adapters.checkpoint.peft_writer import write_checkpoint, write_peft
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
-from adapters.peft_writer import write_checkpoint, write_peft
 
 
 def renest(adapter: Adapter) -> Adapter:

@@ -1,0 +1,1 @@
+"""Reading the texts that adapters are trained and measured on."""

@@ -1,0 +1,1 @@
+"""Adapters by name on disk, and the archives they travel in."""

@@ -1,0 +1,1 @@
+"""Training a nested adapter: the layer, the ranks that its steps draw, and transformers' Trainer around them."""
