@@ -1,4 +1,4 @@
-"""The `dylora` command. Its options are the fields of Settings: one truth for names, defaults and help."""
+"""The `dylora` command: the server's own commands, whose options are the fields of Settings, and the library's."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from adapters.commands.registry import COMMANDS
 from adapters.errors import AdapterError
 from service.core import EngineObserver, EngineProtocol
 from service.errors import ModelRefused
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None, make_engine: EngineFactory | None = 
     options = vars(_parser().parse_args(argv))
     command = options.pop("command")
     try:
+        for library_command in COMMANDS:
+            if library_command.name == command:
+                return library_command.run(library_command.options_of(options))
         settings = Settings.load(options)
         if command == "settings":
             print(_settings_table(settings))
@@ -73,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         for field, info in Settings.model_fields.items():
             _add_option(command, field, info)
+    for library_command in COMMANDS:
+        library_command.add_to(commands)
     return parser
 
 

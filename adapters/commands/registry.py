@@ -1,0 +1,10 @@
+"""The library's commands in the order in which `dylora --help` lists them.
+
+Nothing here or in what it imports may import torch: help and usage errors come at once.
+"""
+
+from typing import Any
+
+from adapters.commands.command import Command
+
+COMMANDS: tuple[Command[Any], ...] = ()
