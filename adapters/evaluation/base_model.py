@@ -1,0 +1,118 @@
+"""The base model that an adapter is measured on: found, and loaded with the head its task needs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from adapters.adapter import Adapter
+from adapters.data.example import Corpus, Task
+from adapters.demo import ARTIFACTS, BASE_NAME
+from adapters.errors import AdapterError, InvalidAdapter
+from adapters.training.trainer import padding_id
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model in eval mode, and its tokenizer.
+
+    Attributes:
+        name: folder or hub name, as given.
+        has_own_head: whether all of its weights came with it: a classifier's head often comes with the adapter only.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    has_own_head: bool = True
+
+
+def base_name(model: str | None, adapter: Adapter) -> str:
+    """Where the base model is: `model` as given, else what the adapter's config names.
+
+    Raises:
+        AdapterError: neither is given, or it looks like a folder that is not there.
+    """
+    name = model or adapter.config.base_model
+    if not name:
+        raise AdapterError("model: the adapter's config names no base model; give a folder or a hub name")
+    if model is None and name == BASE_NAME:
+        return str(ARTIFACTS / "base")
+    is_folder_like = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not Path(name).is_dir() and is_folder_like:
+        said = "" if model else "; the adapter's config names it, name another"
+        raise AdapterError(f"model: {name} is not a folder{said}")
+    return name
+
+
+def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: str, dtype: torch.dtype | None) -> BaseModel:
+    """Load model and tokenizer. Only safetensors are read, and no code that comes with a model is run.
+
+    Args:
+        name: a folder or a hub name.
+        adapter: may bring the head of a classifier.
+        corpus: its task says which head is needed, its labels how large it is.
+        device: as torch names it.
+        dtype: of the weights; as they are stored if None.
+
+    Raises:
+        AdapterError: it can't be loaded.
+        InvalidAdapter: the classifier has no trained head, neither in the base nor in the adapter.
+    """
+    is_classifier = corpus.task is Task.CLASSIFICATION
+    loader: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    with _quiet(), _refused(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if is_classifier:
+            config.num_labels = len(corpus.labels)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = loader.from_pretrained(
+            name,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=is_classifier,  # a head of another task, which counts as missing below
+        )
+    if is_classifier and model.config.pad_token_id is None:
+        model.config.pad_token_id = padding_id(model)  # a decoder looks for the last token that is not padding
+    absent = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
+    lacking = sorted(absent - set(adapter.saved_modules))
+    if lacking:
+        raise InvalidAdapter([f"{key}: neither the base model {name} nor the adapter has it trained" for key in lacking])
+    model.to(device)
+    return BaseModel(name, model.train(False).requires_grad_(False), tokenizer, has_own_head=not absent)
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Whatever transformers raises for a model that it can't load, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        lines = str(error).strip().splitlines()
+        raise AdapterError(f"model: {name} can't be loaded: {lines[0] if lines else type(error).__name__}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of a new classifier, whose weights the adapter brings."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
