@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.commands.command import Command, option
 from adapters.errors import AdapterError
-from adapters.evaluation.names import MetricName
+from adapters.evaluation.names import REPORT_SUFFIXES, MetricName
 
 if TYPE_CHECKING:
     from adapters.evaluation.report import Report
@@ -34,7 +34,6 @@ in Python:
   report = evaluate("my-adapter", "dev.jsonl", ranks=(1, 2, 4, 8))
   report.profile.primary.values
 """
-
 
 
 class Dtype(StrEnum):
@@ -85,7 +84,7 @@ class EvaluateOptions:
 
     adapter: Path = option("folder with the adapter", positional=True, metavar="ADAPTER")
     data: Path = option("file to measure on", metavar="FILE")
-    model: str | None = option("folder or hub name of the base model; the one that the adapter's config names unless given", None)
+    model: str | None = option("folder or hub name of the base model; as the adapter's config says unless given", None)
     format: str | None = option("the data's format; recognised unless given", None)
     ranks: tuple[int, ...] | None = option("such as 1,2,4 or 1-8; all unless given; full rank always", None, parse=_ranks)
     metrics: tuple[MetricName, ...] | None = option(
@@ -121,6 +120,8 @@ class EvaluateOptions:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise AdapterError(f"{name} must be at least {bound}, not {value}")
+        if self.out is not None and self.out.suffix not in ("", *REPORT_SUFFIXES) and not self.out.is_dir():
+            raise AdapterError(f"out: {self.out} is neither a folder nor a file of {', '.join(REPORT_SUFFIXES)}")
         if self.length_penalty != 1.0 and self.num_beams == 1:
             raise AdapterError("length_penalty needs num_beams of at least 2: a greedy text has nothing to choose from")
 
@@ -143,9 +144,7 @@ def evaluate(adapter: Path | str, data: Path | str, **options: Any) -> "Report":
         AdapterError: the model can't be found or loaded, or an option is out of range.
     """
     chosen = EvaluateOptions(Path(adapter), Path(data), **options)
-    from adapters.evaluation.evaluate import evaluate_adapter
-
-    report = evaluate_adapter(chosen)
+    report = _evaluated(chosen)
     if chosen.out is not None:
         report.write(chosen.out)
     return report
@@ -153,16 +152,43 @@ def evaluate(adapter: Path | str, data: Path | str, **options: Any) -> "Report":
 
 def run(options: EvaluateOptions) -> int:
     """Measure, print, and write."""
-    from adapters.evaluation.evaluate import evaluate_adapter
+    report = _evaluated(options)
     from adapters.evaluation.report_table import json_text, markdown_table, text_table
 
-    report = evaluate_adapter(options)
     printed = {ReportStyle.TEXT: text_table, ReportStyle.MARKDOWN: markdown_table, ReportStyle.JSON: json_text}
     print(printed[options.report](report))
     if options.write:
         for path in report.write(options.out or options.adapter):
             print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def _evaluated(options: EvaluateOptions) -> "Report":
+    from adapters.data.formats import read
+
+    corpus = read(options.data, options.format)  # quick to refuse, before anything large is loaded
+    import torch
+
+    from adapters.checkpoint import read_peft
+    from adapters.evaluation.base_model import base_name, load_base
+    from adapters.evaluation.evaluate import Measures, drawn, evaluate_adapter, metrics_of
+    from adapters.evaluation.generation import Decoding
+
+    metrics_of(corpus, options.metrics)
+    adapter = read_peft(options.adapter)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    wanted = Dtype.FLOAT32 if options.dtype is Dtype.AUTO and device == "cpu" else options.dtype
+    dtype = None if wanted is Dtype.AUTO else getattr(torch, wanted)
+    base = load_base(base_name(options.model, adapter), adapter, corpus, device=device, dtype=dtype)
+    decoding = Decoding(options.max_new_tokens, options.num_beams, options.length_penalty, options.no_repeat_ngram_size)
+    return evaluate_adapter(
+        adapter,
+        base,
+        drawn(corpus, options.max_examples, options.seed),
+        Measures(options.metrics, decoding, options.batch_size, options.resamples, options.seed),
+        ranks=options.ranks,
+        title=options.adapter.resolve().name,
+    )
 
 
 COMMAND = Command("evaluate", "measure loss and task metrics at every rank", _DESCRIPTION, EvaluateOptions, run)

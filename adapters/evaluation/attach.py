@@ -83,7 +83,8 @@ def _set(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> No
 def _replaced(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     """Module path to the parameters, by their own names, that take the place of the base's."""
     replaced: dict[str, dict[str, Tensor]] = {}
-    for name, value in ({f"{path}.bias": bias for path, bias in adapter.base_bias.items()} | dict(adapter.saved_modules)).items():
+    by_name = {f"{path}.bias": bias for path, bias in adapter.base_bias.items()} | dict(adapter.saved_modules)
+    for name, value in by_name.items():
         path, _, leaf = name.rpartition(".")
         replaced.setdefault(path, {})[leaf] = value
     return replaced

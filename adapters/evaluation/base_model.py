@@ -29,7 +29,7 @@ class BaseModel:
     """A base model in eval mode, and its tokenizer.
 
     Attributes:
-        name: folder or hub name, as given.
+        name: the folder's own name, or the hub's.
         has_own_head: whether all of its weights came with it: a classifier's head often comes with the adapter only.
     """
 
@@ -94,7 +94,8 @@ def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: str, dtype
     if lacking:
         raise InvalidAdapter([f"{key}: neither the base model {name} nor the adapter has it trained" for key in lacking])
     model.to(device)
-    return BaseModel(name, model.train(False).requires_grad_(False), tokenizer, has_own_head=not absent)
+    shown = Path(name).resolve().name if Path(name).is_dir() else name
+    return BaseModel(shown, model.train(False).requires_grad_(False), tokenizer, has_own_head=not absent)
 
 
 @contextmanager
@@ -109,10 +110,13 @@ def _refused(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of a new classifier, whose weights the adapter brings."""
-    before = logging.get_verbosity()
+    """Without transformers' report of a new classifier, whose weights the adapter brings, and its bar of weights."""
+    before, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if shows_progress:
+            logging.enable_progress_bar()

@@ -1,17 +1,19 @@
 """Measuring a causal language model: the loss of right completions, and the texts it writes itself."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.data.example import Example
-from adapters.evaluation.generation import Decoding, generate
+from adapters.errors import DataError
+from adapters.evaluation.generation import GREEDY, Decoding, generate
 from adapters.evaluation.loss import completion_losses
 from adapters.evaluation.measurement import grouped_sums
 from adapters.evaluation.metric import Metric, perplexity, ratio
 from adapters.evaluation.resampling import Array
 from adapters.evaluation.text_metrics import TextMetric
-from adapters.training.encoding import encode
+from adapters.training.encoding import EncodedPair, encode, shorten
 
 LOSS = Metric("loss per completion token", False, ratio)
 """In nats, over the tokens of every completion, the end-of-text token among them."""
@@ -34,7 +36,7 @@ class CompletionSet:
         tokenizer: PreTrainedTokenizerBase,
         text_metrics: Sequence[TextMetric] = (),
         *,
-        decoding: Decoding = Decoding(),  # noqa: B008  frozen
+        decoding: Decoding = GREEDY,
         batch_size: int = 32,
         max_tokens: int | None = None,
         loss_completions: int | None = None,
@@ -48,18 +50,18 @@ class CompletionSet:
             text_metrics: on generated texts; none, and no text is generated.
             decoding: how texts are generated.
             batch_size: rows of a forward pass.
-            max_tokens: the model's positions.
+            max_tokens: the model's positions. A longer plain text is measured in pieces.
             loss_completions: take only so many completions of each example for the loss.
             with_perplexity: report it beside the loss.
 
         Raises:
-            DataError: an example is longer than `max_tokens`.
+            DataError: a prompt with a completion is longer than `max_tokens`.
         """
-        measured = [Example(e.prompt, e.completions[:loss_completions], e.end) for e in examples]
-        self._pairs = encode(measured, tokenizer, max_tokens)
-        self._owner = [i for i, example in enumerate(measured) for _ in example.completions]
-        firsts = {owner: pair for owner, pair in reversed(list(zip(self._owner, self._pairs, strict=True)))}
-        self.prompts = [firsts[i].prompt for i in range(len(examples))]
+        measured = [replace(e, completions=e.completions[:loss_completions]) for e in examples]
+        encoded = [_fitting(encode([example], tokenizer), example, max_tokens) for example in measured]
+        self._pairs = [pair for pairs in encoded for pair in pairs]
+        self._owner = [i for i, pairs in enumerate(encoded) for _ in pairs]
+        self.prompts = [pairs[0].prompt for pairs in encoded]
         self._tokenizer, self._decoding, self._batch_size = tokenizer, decoding, batch_size
         self._counts = [metric.counter(examples) for metric in text_metrics]
         is_text = all(not example.prompt for example in examples)
@@ -75,3 +77,16 @@ class CompletionSet:
         texts = generate(model, self._tokenizer, self.prompts, self._decoding, self._batch_size) if self._counts else []
         others = [count(texts) for count in self._counts]
         return (*[losses] * (len(self.metrics) - len(others)), *others)
+
+
+def _fitting(pairs: list[EncodedPair], example: Example, max_tokens: int | None) -> list[EncodedPair]:
+    if max_tokens is None:
+        return pairs
+    if pairs[0].is_text:
+        return shorten(pairs, max_tokens).pairs
+    longest = max(len(pair.prompt) + len(pair.completion) for pair in pairs)
+    if longest > max_tokens:
+        raise DataError(
+            f"{longest} tokens in the example that starts {example.prompt[:80]!r}; the model reads at most {max_tokens}"
+        )
+    return pairs

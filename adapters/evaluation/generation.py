@@ -25,15 +25,12 @@ class Decoding:
     no_repeat_ngram_size: int = 0
 
     def __str__(self) -> str:
-        if self.num_beams == 1:
-            search = "greedy"
-        else:
-            search = f"beam {self.num_beams}, length penalty {self.length_penalty:g}"
+        search = "greedy" if self.num_beams == 1 else f"beam {self.num_beams}, length penalty {self.length_penalty:g}"
         return search + (f", no repeated {self.no_repeat_ngram_size}-gram" if self.no_repeat_ngram_size else "")
 
     def arguments(self) -> dict[str, Any]:
         """What `generate` takes."""
-        arguments = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": self.num_beams}
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": self.num_beams}
         if self.num_beams > 1:
             arguments["length_penalty"] = self.length_penalty
         if self.no_repeat_ngram_size:
@@ -41,12 +38,16 @@ class Decoding:
         return arguments
 
 
+GREEDY = Decoding()
+"""The most probable token each time."""
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    decoding: Decoding = Decoding(),  # noqa: B008  frozen
+    decoding: Decoding = GREEDY,
     batch_size: int = 32,
 ) -> list[str]:
     """A completion for each encoded prompt, in their order, stripped of white space at both ends.
@@ -75,14 +76,13 @@ def generate(
     return texts
 
 
-def check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_tokens: int | None) -> None:
     """Raise DataError where the longest prompt and its completion would not fit the model's positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt) for prompt in prompts)
-    if isinstance(limit, int) and longest + max_new_tokens > limit:
+    if max_tokens is not None and longest + max_new_tokens > max_tokens:
         raise DataError(
-            f"a prompt of {longest} tokens and max_new_tokens of {max_new_tokens} are more than the model's {limit}; "
-            f"expected max_new_tokens of at most {max(0, limit - longest)}"
+            f"a prompt of {longest} tokens and max_new_tokens of {max_new_tokens} are more than the model's {max_tokens}; "
+            f"expected max_new_tokens of at most {max(0, max_tokens - longest)}"
         )
 
 

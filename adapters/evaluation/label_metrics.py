@@ -1,19 +1,21 @@
 """Metrics of predicted classes, from the counts of (true class, predicted class)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 
 from adapters.evaluation.metric import Metric, ratio
 from adapters.evaluation.names import MetricName
 from adapters.evaluation.resampling import Array
 
 
-def confusion(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Array:
+def confusion(truth: npt.ArrayLike, predicted: npt.ArrayLike, classes: int) -> Array:
     """Each example's cell of the confusion matrix as a one-hot row, [examples, classes * classes], true class first."""
     cells = np.asarray(truth) * classes + np.asarray(predicted)
-    return np.eye(classes * classes)[cells]
+    rows: Array = np.eye(classes * classes)[cells]
+    return rows
 
 
 def accuracy(sums: Array) -> Array:

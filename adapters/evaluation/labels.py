@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from adapters.evaluation.label_metrics import LABEL_METRICS, confusion
 from adapters.evaluation.metric import Metric, ratio
 from adapters.evaluation.names import MetricName
 from adapters.evaluation.resampling import Array
-from adapters.training.encoding import EncodedText
+from adapters.training.encoding import EncodedText, LabelledDataset, LabelledPad
 
 LABEL_LOSS = Metric("loss per example", False, ratio)
 """Cross entropy in nats."""
@@ -25,16 +26,31 @@ class LabelledSet:
     """
 
     def __init__(
-        self, texts: Sequence[EncodedText], classes: int, names: Sequence[MetricName], *, pad_id: int, batch_size: int = 32
+        self,
+        texts: Sequence[EncodedText],
+        classes: int,
+        metrics: Sequence[MetricName],
+        *,
+        pad_token_id: int,
+        batch_size: int = 32,
     ) -> None:
-        """`texts` as `encode_labelled` gives them, of `classes` classes; `names` are of LABEL_METRICS."""
-        self._texts, self._classes, self._pad_id, self._batch_size = texts, classes, pad_id, batch_size
+        """Take texts as `encode_labelled` gives them.
+
+        Args:
+            texts: at least one.
+            classes: how many there are.
+            metrics: of LABEL_METRICS.
+            pad_token_id: the model's.
+            batch_size: rows of a forward pass.
+        """
+        self._lengths = [len(text.input_ids) for text in texts]
         self._truth = np.array([text.label for text in texts])
-        self._names = tuple(names)
-        self.metrics = (LABEL_LOSS, *(LABEL_METRICS[name] for name in names))
+        self._rows, self._collate = LabelledDataset(texts), LabelledPad(pad_token_id)
+        self._classes, self._batch_size = classes, batch_size
+        self.metrics = (LABEL_LOSS, *(LABEL_METRICS[name] for name in metrics))
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._truth)
 
     def statistics(self, model: PreTrainedModel) -> tuple[Array, ...]:
         """See `EvaluationSet.statistics`."""
@@ -47,23 +63,20 @@ class LabelledSet:
         shares = np.bincount(self._truth, minlength=self._classes) / len(self)
         return self._statistics(-np.log(shares[self._truth]), np.full(len(self), shares.argmax()))
 
-    def _statistics(self, nats: Array, predicted: "np.typing.NDArray[np.int64]") -> tuple[Array, ...]:
+    def _statistics(self, nats: Array, predicted: npt.NDArray[np.int64]) -> tuple[Array, ...]:
         losses = np.stack([nats, np.ones(len(self))], axis=1)
         cells = confusion(self._truth, predicted, self._classes)
-        return (losses, *[cells] * len(self._names))
+        return (losses, *[cells] * (len(self.metrics) - 1))
 
     @torch.no_grad()
     def _logits(self, model: PreTrainedModel) -> torch.Tensor:
         """[examples, classes], in float32 on the CPU."""
         model.eval()
-        by_length = sorted(range(len(self)), key=lambda i: len(self._texts[i].input_ids))
+        by_length = sorted(range(len(self)), key=self._lengths.__getitem__)
         logits = torch.empty(len(self), self._classes)
         for start in range(0, len(self), self._batch_size):
             rows = by_length[start : start + self._batch_size]
-            batch = self._padded(rows)
-            logits[rows] = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits.float().cpu()
+            batch = self._collate([self._rows[i] for i in rows])
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+            logits[rows] = model(**inputs).logits.float().cpu()
         return logits
-
-    def _padded(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        longest = max(len(self._texts[i].input_ids) for i in rows)
-        raise NotImplementedError

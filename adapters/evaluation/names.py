@@ -1,10 +1,13 @@
-"""Metrics as `--metrics` names them; data formats say theirs in the same words."""
+"""What can be measured and written, by the names that options have for it. No numpy, no torch: help comes at once."""
 
 from enum import StrEnum
 
+REPORT_SUFFIXES = (".json", ".md", ".png", ".svg")
+"""Of the files that a report can be written to."""
+
 
 class MetricName(StrEnum):
-    """What can be measured; the loss always is."""
+    """Metrics as `--metrics` and data formats name them; the loss is always measured."""
 
     LOSS = "loss"
     PERPLEXITY = "perplexity"

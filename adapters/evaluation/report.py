@@ -10,6 +10,7 @@ import numpy as np
 
 from adapters.errors import AdapterError
 from adapters.evaluation.measurement import Measurement
+from adapters.evaluation.names import REPORT_SUFFIXES
 from adapters.evaluation.resampling import CONFIDENCE, Array, Estimate, resampled_sums
 from adapters.quality import QUALITY_FILE, Metric, QualityProfile
 
@@ -128,8 +129,8 @@ class Report:
             AdapterError: another suffix, or it can't be written.
         """
         paths = (out,) if out.suffix and not out.is_dir() else tuple(out / name for name in (QUALITY_FILE, *PLOT_FILES))
-        if not paths[0].suffix in (".json", ".png", ".svg", ".md"):
-            raise AdapterError(f"{out}: a report is written into a folder, or as .json, .png, .svg or .md")
+        if paths[0].suffix not in REPORT_SUFFIXES:
+            raise AdapterError(f"{out} is neither a folder nor a file of {', '.join(REPORT_SUFFIXES)}")
         try:
             paths[0].parent.mkdir(parents=True, exist_ok=True)
             for path in paths:
@@ -188,9 +189,7 @@ def _metric_report(measurement: Measurement, index: int, resamples: int, seed: i
         name=metric.name,
         higher_is_better=metric.higher_is_better,
         by_rank={rank: Estimate.of(values[rank], resampled[rank]) for rank in ranks},
-        against_full={
-            rank: Estimate.of(values[rank] - values[full], resampled[rank] - resampled[full]) for rank in ranks[:-1]
-        },
+        against_full={rank: Estimate.of(values[rank] - values[full], resampled[rank] - resampled[full]) for rank in ranks[:-1]},
         base=Estimate.of(values[None], resampled[None]) if None in values else None,
     )
 

@@ -20,7 +20,8 @@ def report_figure(report: Report) -> Figure:
         f"{report.source}. Bands: {CONFIDENCE:.0%} confidence, bootstrap over {report.examples} examples "
         f"({report.resamples} resamples)."
     )
-    return panels([_panel(metric, report) for metric in shown], title=report.title, caption=caption)
+    columns = 2 if len(shown) == 4 else 3
+    return panels([_panel(metric, report) for metric in shown], columns=columns, title=report.title, caption=caption)
 
 
 def _panel(metric: MetricReport, report: Report) -> Panel:

@@ -60,5 +60,5 @@ def _remarks(report: Report) -> Sequence[str]:
     bootstrap = f"{report.resamples} resamples of {report.examples} examples, seed {report.seed}"
     lines = [report.source, f"[ ]: {CONFIDENCE:.0%} confidence intervals by bootstrap, {bootstrap}"]
     if len(report.ranks) > 1:
-        lines.append(f"-, +: worse, better than rank {report.ranks[-1]} by a paired bootstrap of the difference, {CONFIDENCE:.0%}")
+        lines.append(f"-, +: worse, better than rank {report.ranks[-1]}: {CONFIDENCE:.0%} interval of the paired difference")
     return [*lines, *report.notes]

@@ -46,8 +46,8 @@ def _columns(examples: Sequence[Example]) -> list[list[str | None]]:
 
 
 def _sacrebleu_counter(name: str, examples: Sequence[Example]) -> Count:
-    from sacrebleu.metrics import BLEU as SacreBLEU  # evaluation only: a server has no need of it
-    from sacrebleu.metrics import CHRF as SacreCHRF
+    from sacrebleu.metrics.bleu import BLEU as SacreBLEU  # evaluation only: a server has no need of it
+    from sacrebleu.metrics.chrf import CHRF as SacreCHRF
 
     scorer: Any = {"BLEU": SacreBLEU, "chrF": SacreCHRF}[name](references=_columns(examples))
 
@@ -74,7 +74,7 @@ def bleu(sums: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         precision = np.exp(np.log(smoothed / counted).mean(axis=-1))
         brevity = np.where(text < reference, np.exp(1 - reference / text), 1.0)
-    return np.where(is_zero, 0.0, 100 * brevity * precision)
+        return np.where(is_zero, 0.0, 100 * brevity * precision)
 
 
 def chrf(sums: Array) -> Array:

@@ -6,6 +6,7 @@ matplotlib by its objects only, without pyplot: no window, and no state that out
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
@@ -22,7 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK = "#333333"
 _GREY = "#767676"
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
     "font.size": 9,
@@ -36,6 +37,11 @@ _STYLE: dict[str, Any] = {
 }
 _FAR = 2.0
 """A level farther from the curves than this times their own height would flatten them: it is named at the edge instead."""
+
+
+_CAPTION_LETTERS_PER_INCH = 17
+_LABEL_HEIGHT = 0.055
+"""Of a level's label, as a share of the axes' height."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,14 @@ def panels(
         content: at least one.
         columns: most panels in a row.
         title: above all of them.
-        caption: one line below, for what holds for all: intervals, sample sizes.
+        caption: below, for what holds for all: intervals, sample sizes.
         inches: width and height of one panel.
     """
     columns = min(columns, len(content))
     rows = -(-len(content) // columns)
     with rc_context(_STYLE):
-        extra = 0.3 * bool(title) + 0.25 * bool(caption)
+        caption = fill(caption, width=round(_CAPTION_LETTERS_PER_INCH * inches[0] * columns))
+        extra = 0.3 * bool(title) + (0.15 * caption.count("\n") + 0.25) * bool(caption)
         figure = Figure(figsize=(inches[0] * columns, inches[1] * rows + extra), layout="constrained")
         if title:
             figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -152,28 +159,21 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def _draw_levels(axes: Axes, panel: Panel) -> None:
+    """Lines with their labels in the right margin; what is far away is named at the edge."""
     bounds = [y for s in panel.series for y in (*s.y, *(s.low or ()), *(s.high or ()))]
     low, high = min(bounds), max(bounds)
     reach = _FAR * ((high - low) or abs(high) or 1.0)
-    above, below = [], []
-    for level in panel.levels:
-        if level.y > high + reach:
-            above.append(level)
-        elif level.y < low - reach:
-            below.append(level)
-        else:
-            axes.axhline(level.y, color=_GREY, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
-            axes.annotate(
-                level.label,
-                xy=(1, level.y),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                fontsize=7.5,
-                color=_GREY,
-            )
+    above = [level for level in panel.levels if level.y > high + reach]
+    below = [level for level in panel.levels if level.y < low - reach]
+    near = sorted((level for level in panel.levels if low - reach <= level.y <= high + reach), key=lambda level: level.y)
+    for level in near:
+        axes.axhline(level.y, color=_GREY, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
+    bottom, top = axes.get_ylim()
+    lowest = -1.0
+    for level in near:
+        place = max((level.y - bottom) / (top - bottom), lowest)  # labels of levels that nearly touch stand above each other
+        lowest = place + _LABEL_HEIGHT
+        axes.text(1.01, place, level.label, transform=axes.transAxes, ha="left", va="center", fontsize=7.5, color=_GREY)
     for levels, arrow, y, anchor in ((above, "↑", 1.0, "top"), (below, "↓", 0.0, "bottom")):
         if levels:
             text = "\n".join(f"{arrow} {level.label}: {level.y:.4g}" for level in levels)
