@@ -13,7 +13,7 @@ Beside a plain LoRA, values below its rank are those of the adapter re-nested by
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Metric:
     intervals: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     base: float | None = None
 
+    def up_to(self, rank: int) -> "Metric":
+        """What was measured at ranks up to this one."""
+        values = {r: value for r, value in self.values.items() if r <= rank}
+        return replace(self, values=values, intervals={r: bounds for r, bounds in self.intervals.items() if r <= rank})
+
     def to_json(self) -> dict[str, Any]:
         """One entry of `metrics` in quality.json; what is absent here is absent there."""
         data: dict[str, Any] = {
@@ -79,6 +84,11 @@ class QualityProfile:
     def primary(self) -> Metric:
         """The metric that decides."""
         return self.metrics[0]
+
+    def up_to(self, rank: int) -> "QualityProfile | None":
+        """What was measured at ranks up to this one; None where nothing was."""
+        metrics = tuple(metric for metric in (each.up_to(rank) for each in self.metrics) if metric.values)
+        return replace(self, metrics=metrics) if metrics else None
 
     def to_json(self) -> dict[str, Any]:
         """The content of quality.json."""

@@ -34,6 +34,12 @@ def test_intervals_base_and_examples_are_optional_and_survive(tmp_path: Path) ->
     assert set(PROFILE.to_json()["metrics"][0]) == {"name", "higher_is_better", "values"}
 
 
+def test_a_profile_is_cut_to_lower_ranks_with_its_intervals() -> None:
+    whole = QualityProfile((Metric("loss", False, {2: 1.5, 8: 0.9}, intervals={2: (1.4, 1.6), 8: (0.8, 1.0)}),), "x")
+    assert whole.up_to(4) == QualityProfile((Metric("loss", False, {2: 1.5}, intervals={2: (1.4, 1.6)}),), "x")
+    assert whole.up_to(1) is None
+
+
 def test_the_first_metric_decides() -> None:
     assert QualityProfile.from_json(PROFILE.to_json(), r_max=8).primary.name == "rouge_l"
 

@@ -143,6 +143,11 @@ def evaluate(adapter: Path | str, data: Path | str, **options: Any) -> "Report":
         InvalidAdapter: the adapter can't be read or does not fit the model.
         AdapterError: the model can't be found or loaded, or an option is out of range.
     """
+    for name in ("write", "report"):
+        if name in options:
+            raise AdapterError(f"{name}: of the command line only; the report that is returned can write and print itself")
+    if options.get("out") is not None:
+        options["out"] = Path(options["out"])
     chosen = EvaluateOptions(Path(adapter), Path(data), **options)
     report = _evaluated(chosen)
     if chosen.out is not None:
@@ -164,21 +169,23 @@ def run(options: EvaluateOptions) -> int:
 
 
 def _evaluated(options: EvaluateOptions) -> "Report":
+    if options.dtype not in set(Dtype):
+        raise AdapterError(f"dtype: {options.dtype!r} is not one of {', '.join(Dtype)}")
     from adapters.data.formats import read
 
     corpus = read(options.data, options.format)  # quick to refuse, before anything large is loaded
     import torch
 
     from adapters.checkpoint import read_peft
-    from adapters.evaluation.base_model import base_name, load_base
+    from adapters.evaluation.base_model import base_name, device_of, load_base
     from adapters.evaluation.evaluate import Measures, drawn, evaluate_adapter, metrics_of
     from adapters.evaluation.generation import Decoding
 
     metrics_of(corpus, options.metrics)
     adapter = read_peft(options.adapter)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    wanted = Dtype.FLOAT32 if options.dtype is Dtype.AUTO and device == "cpu" else options.dtype
-    dtype = None if wanted is Dtype.AUTO else getattr(torch, wanted)
+    device = device_of(options.device)
+    wanted = Dtype.FLOAT32 if options.dtype == Dtype.AUTO and device.type == "cpu" else options.dtype
+    dtype = None if wanted == Dtype.AUTO else getattr(torch, wanted)
     base = load_base(base_name(options.model, adapter), adapter, corpus, device=device, dtype=dtype)
     decoding = Decoding(options.max_new_tokens, options.num_beams, options.length_penalty, options.no_repeat_ngram_size)
     return evaluate_adapter(

@@ -39,13 +39,25 @@ class BaseModel:
     has_own_head: bool = True
 
 
-def base_name(model: str | None, adapter: Adapter) -> str:
+def device_of(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one. Raises AdapterError if torch has none such here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AdapterError(f"device: {name!r} is not a device of torch here; expected auto, cpu or cuda") from error
+    return device
+
+
+def base_name(model: Path | str | None, adapter: Adapter) -> str:
     """Where the base model is: `model` as given, else what the adapter's config names.
 
     Raises:
         AdapterError: neither is given, or it looks like a folder that is not there.
     """
-    name = model or adapter.config.base_model
+    name = str(model) if model else adapter.config.base_model
     if not name:
         raise AdapterError("model: the adapter's config names no base model; give a folder or a hub name")
     if model is None and name == BASE_NAME:
@@ -57,14 +69,14 @@ def base_name(model: str | None, adapter: Adapter) -> str:
     return name
 
 
-def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: str, dtype: torch.dtype | None) -> BaseModel:
+def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.device, dtype: torch.dtype | None) -> BaseModel:
     """Load model and tokenizer. Only safetensors are read, and no code that comes with a model is run.
 
     Args:
         name: a folder or a hub name.
         adapter: may bring the head of a classifier.
         corpus: its task says which head is needed, its labels how large it is.
-        device: as torch names it.
+        device: where to put it.
         dtype: of the weights; as they are stored if None.
 
     Raises:

@@ -121,7 +121,7 @@ def metrics_of(corpus: Corpus, wanted: Sequence[MetricName] | None) -> tuple[Met
     illegal = [name for name in wanted if name not in legal]
     if illegal:
         raise AdapterError(f"metrics: {', '.join(illegal)} can't be measured on {corpus.source}; legal: {', '.join(legal)}")
-    return tuple(dict.fromkeys(name for name in wanted if name is not MetricName.LOSS))
+    return tuple(dict.fromkeys(MetricName(name) for name in wanted if name != MetricName.LOSS))
 
 
 def _legal_metrics(corpus: Corpus) -> tuple[MetricName, ...]:
