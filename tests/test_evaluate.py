@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 
 from adapters.checkpoint import read_peft
 from adapters.commands.evaluate import COMMAND, EvaluateOptions, evaluate
@@ -22,9 +22,11 @@ from adapters.demo import ARTIFACTS
 from adapters.demo.recipe import load_base
 from adapters.errors import AdapterError, DataError, IllegalRank, InvalidAdapter
 from adapters.evaluation.attach import AttachedAdapter
+from adapters.evaluation.base_model import max_tokens
 from adapters.evaluation.completions import LOSS, CompletionSet
 from adapters.evaluation.generation import Decoding, generate
 from adapters.evaluation.measurement import Measurement, measure
+from adapters.evaluation.names import MetricName
 from adapters.evaluation.report import Report, Verdict, report_of
 from adapters.evaluation.report_table import markdown_table, text_table
 from adapters.evaluation.text_metrics import BLEU
@@ -174,6 +176,19 @@ def test_a_classifier_without_a_trained_head_is_refused(folder: Path) -> None:
         run(folder, "labels.jsonl", "lora")
 
 
+def test_data_of_other_classes_is_refused(folder: Path, tmp_path: Path) -> None:
+    data = lines(tmp_path / "three.jsonl", [{"text": "the cat", "label": label} for label in ("yes", "no", "maybe")])
+    with pytest.raises(DataError, match=r"3 classes \(maybe, no, yes\); the adapter's head score.weight has 2"):
+        evaluate(folder / "classifier", data, model=str(folder / "model"))
+
+
+def test_roberta_reads_two_tokens_less_than_it_has_positions(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, max_position_embeddings=34, pad_token_id=1)
+    assert max_tokens(AutoModelForSequenceClassification.from_config(config), tokenizer) == 32
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -285,5 +300,11 @@ def test_options_of_the_command_line_are_those_of_python() -> None:
     words = "evaluate a --data d --ranks 1-3,8 --metrics bleu,chrf --num-beams 10 --length-penalty 0.8 --no-write"
     options = COMMAND.options_of(vars(parser.parse_args(words.split())))
     assert options == EvaluateOptions(
-        Path("a"), Path("d"), ranks=(1, 2, 3, 8), metrics=("bleu", "chrf"), num_beams=10, length_penalty=0.8, write=False
+        Path("a"),
+        Path("d"),
+        ranks=(1, 2, 3, 8),
+        metrics=(MetricName.BLEU, MetricName.CHRF),
+        num_beams=10,
+        length_penalty=0.8,
+        write=False,
     )

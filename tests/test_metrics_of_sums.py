@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def corpus(count: int = 30) -> tuple[list[str], list[Example]]:
 
 
 def library_score(metric: TextMetric, texts: Sequence[str], examples: Sequence[Example]) -> float:
-    columns = [[e.completions[i].strip() if i < len(e.completions) else None for e in examples] for i in range(3)]
+    columns: Any = [[e.completions[i].strip() if i < len(e.completions) else None for e in examples] for i in range(3)]
     if metric is BLEU:
         return float(sacrebleu.corpus_bleu(list(texts), columns).score)
     if metric is CHRF:
@@ -87,7 +88,7 @@ def test_label_metrics_of_a_constant_answer_are_defined() -> None:
 
 
 def test_a_resample_draws_as_many_examples_as_there_are_and_the_seed_repeats_it() -> None:
-    statistics = np.stack([np.ones(50), np.arange(50)], axis=1)
+    statistics = np.stack([np.ones(50), np.arange(50.0)], axis=1)
     sums = resampled_sums(statistics, 200, seed=1)
     assert sums.shape == (200, 2) and (sums[:, 0] == 50).all()
     assert np.array_equal(sums, resampled_sums(statistics, 200, seed=1))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from adapters.adapter import Adapter
 from adapters.data.example import Corpus, Task
 from adapters.demo import ARTIFACTS, BASE_NAME
-from adapters.errors import AdapterError, InvalidAdapter
+from adapters.errors import AdapterError, DataError, InvalidAdapter
 from adapters.training.trainer import padding_id
 
 
@@ -81,6 +82,7 @@ def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.devi
 
     Raises:
         AdapterError: it can't be loaded.
+        DataError: the adapter's head is of another number of classes.
         InvalidAdapter: the classifier has no trained head, neither in the base nor in the adapter.
     """
     is_classifier = corpus.task is Task.CLASSIFICATION
@@ -102,12 +104,35 @@ def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.devi
     if is_classifier and model.config.pad_token_id is None:
         model.config.pad_token_id = padding_id(model)  # a decoder looks for the last token that is not padding
     absent = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
+    if is_classifier:
+        _check_classes(model, adapter, corpus)
     lacking = sorted(absent - set(adapter.saved_modules))
     if lacking:
         raise InvalidAdapter([f"{key}: neither the base model {name} nor the adapter has it trained" for key in lacking])
     model.to(device)
     shown = Path(name).resolve().name if Path(name).is_dir() else name
     return BaseModel(shown, model.train(False).requires_grad_(False), tokenizer, has_own_head=not absent)
+
+
+def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The longest input that both take; None where neither has a limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for path, module in model.named_modules():
+        # RoBERTa and its kin count positions from the padding's on.
+        if isinstance(positions, int) and path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
+    limits = [limit for limit in (positions, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 1 << 30]
+    return min(limits, default=None)
+
+
+def _check_classes(model: PreTrainedModel, adapter: Adapter, corpus: Corpus) -> None:
+    """Raise DataError where the adapter's head is of another number of classes than the data."""
+    for name, parameter in model.named_parameters():
+        saved = adapter.saved_modules.get(name)
+        is_head = parameter.shape[0] == len(corpus.labels) and saved is not None and saved.shape[1:] == parameter.shape[1:]
+        if is_head and saved is not None and saved.shape[0] != len(corpus.labels):
+            classes = f"{len(corpus.labels)} classes ({', '.join(corpus.labels)})"
+            raise DataError(f"{corpus.source}: {classes}; the adapter's head {name} has {saved.shape[0]}")
 
 
 @contextmanager

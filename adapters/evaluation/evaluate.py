@@ -10,7 +10,7 @@ from adapters.data.example import Corpus, LabelledText, Task
 from adapters.data.formats import FORMATS
 from adapters.errors import AdapterError
 from adapters.evaluation.attach import AttachedAdapter
-from adapters.evaluation.base_model import BaseModel
+from adapters.evaluation.base_model import BaseModel, max_tokens
 from adapters.evaluation.completions import CompletionSet
 from adapters.evaluation.generation import GREEDY, Decoding, check_room
 from adapters.evaluation.label_metrics import LABEL_METRICS
@@ -143,7 +143,7 @@ def evaluation_set(corpus: Corpus, base: BaseModel, names: Sequence[MetricName],
     Raises:
         DataError: it does not fit the model: too long, or a template is missing.
     """
-    limit = _max_tokens(base)
+    limit = max_tokens(base.model, base.tokenizer)
     if corpus.task is Task.CLASSIFICATION:
         items = [item for item in corpus.items if isinstance(item, LabelledText)]
         texts = encode_labelled(items, base.tokenizer, limit or 512)
@@ -161,10 +161,3 @@ def evaluation_set(corpus: Corpus, base: BaseModel, names: Sequence[MetricName],
     if _generates(names):
         check_room(data.prompts, measures.decoding.max_new_tokens, limit)
     return data
-
-
-def _max_tokens(base: BaseModel) -> int | None:
-    """The longest input: the model's positions, or what its tokenizer knows of (RoBERTa's has two positions less)."""
-    positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (positions, base.tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 1 << 30]
-    return min(limits, default=None)
