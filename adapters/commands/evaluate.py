@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +169,14 @@ def run(options: EvaluateOptions) -> int:
     return 0
 
 
+_LIBRARIES = ("accelerate", "matplotlib", "rouge_score", "sacrebleu", "tqdm")
+"""Needed in evaluation and training only, so that a server comes without them."""
+
+
 def _evaluated(options: EvaluateOptions) -> "Report":
+    absent = [name for name in _LIBRARIES if find_spec(name) is None]
+    if absent:
+        raise AdapterError(f"{', '.join(absent)} not installed; pip install 'dylora-serve[train]' brings what evaluate needs")
     if options.dtype not in set(Dtype):
         raise AdapterError(f"dtype: {options.dtype!r} is not one of {', '.join(Dtype)}")
     from adapters.data.formats import read
