@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from adapters.adapter import Adapter
 from adapters.errors import InvalidAdapter
-from adapters.evaluation.evaluate import completion_loss
+from adapters.evaluation.loss import completion_loss
 from adapters.training.dylora import DyLoRAConfig
 from adapters.training.encoding import EncodedPair
 from adapters.training.layer import inject, nested_layers, set_rank
