@@ -11,6 +11,7 @@ from adapters.adapter import Adapter, LowRank
 from adapters.checkpoint.peft_writer import write_checkpoint, write_peft
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
+from adapters.quality import QualityProfile
 
 
 def renest(adapter: Adapter) -> Adapter:
@@ -57,6 +58,28 @@ def _svd_order(module: LowRank) -> LowRank:
     largest = b.gather(0, b.abs().argmax(dim=0, keepdim=True))  # [1, k]
     sign = torch.where(largest < 0, -1.0, 1.0).to(b.dtype)
     return LowRank(a=(a * sign.T).float().contiguous(), b=(b * sign).float().contiguous(), is_embedding=module.is_embedding)
+
+
+def first_columns(adapter: Adapter, r_max: int) -> Adapter:
+    """A nested adapter without the columns, and the ranks, above `r_max`: at the ranks that are left, the same function.
+
+    The quality profile keeps what was measured at those ranks.
+
+    Raises:
+        IllegalRank: `r_max` is not one of the adapter's ranks.
+    """
+    adapter.config.check_rank(r_max)
+    ranks = tuple(rank for rank in adapter.config.ranks if rank <= r_max)
+    modules = {path: _cut(module, r_max, 1.0) for path, module in adapter.modules.items()}
+    quality = _quality_up_to(r_max, adapter.quality) if adapter.quality else None
+    return replace(adapter, config=replace(adapter.config, r_max=r_max, ranks=ranks), modules=modules, quality=quality)
+
+
+def _quality_up_to(r_max: int, quality: QualityProfile) -> QualityProfile | None:
+    """None where nothing was measured at the ranks that are left."""
+    kept = [replace(m, values={rank: value for rank, value in m.values.items() if rank <= r_max}) for m in quality.metrics]
+    metrics = tuple(metric for metric in kept if metric.values)
+    return replace(quality, metrics=metrics) if metrics else None
 
 
 def at_rank(adapter: Adapter, rank: int) -> Adapter:

@@ -5,6 +5,11 @@ Nothing here or in what it imports may import torch: help and usage errors come 
 
 from typing import Any
 
+from adapters.commands import convert, export, inspect
 from adapters.commands.command import Command
 
-COMMANDS: tuple[Command[Any], ...] = ()
+COMMANDS: tuple[Command[Any], ...] = (
+    inspect.COMMAND,
+    convert.COMMAND,
+    export.COMMAND,
+)
