@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import (
-    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -27,7 +26,7 @@ from adapters.checkpoint import CONFIG_FILE
 from adapters.errors import InvalidAdapter
 from tests.checkpoints import edit_config, rename_keys
 from tests.engine_harness import character_tokenizer
-from tests.tiny_models import LINEAR_TARGETS, POSITIONS, STD, VOCAB, save_random_peft, some_tokens, tiny_config, tiny_model
+from tests.tiny_models import LINEAR_TARGETS, POSITIONS, STD, VOCAB, save_random_peft, some_tokens, tiny_model
 
 Change = Callable[[Path], None]
 
@@ -70,7 +69,7 @@ def with_fields(**fields: Any) -> Change:
     return lambda folder: edit_config(folder, **fields)
 
 
-OLD_FIELDS = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "bias", "fan_in_fan_out", "task_type")
+OLD_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules", "bias", "fan_in_fan_out", "task_type")
 ATTENTION_ONLY = {"target_modules": ["query", "value"]}
 
 CASES: dict[str, Case] = {
@@ -105,7 +104,9 @@ CASES: dict[str, Case] = {
     "no prefix": Case("llama", change=renamed(base_model__model__="")),
     "prefix of data-parallel training": Case("llama", change=renamed(base_model__model__="module.base_model.model.")),
     "encoder's head": Case("roberta+head", {"task_type": "SEQ_CLS", **ATTENTION_ONLY}),
-    "encoder's head, listed": Case("roberta+head", {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], **ATTENTION_ONLY}),
+    "encoder's head, listed": Case(
+        "roberta+head", {**ATTENTION_ONLY, "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    ),
     "decoder's head": Case("llama+head", {"task_type": "SEQ_CLS"}),
     "masked language model": Case("roberta", {"task_type": None, **ATTENTION_ONLY}),
     "exclude_modules": Case("llama", {"target_modules": "all-linear", "exclude_modules": ["lm_head", "down_proj"]}),
@@ -151,13 +152,15 @@ class Bases:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(1)
-            if base.endswith("+head"):
-                return model_of(AutoModelForSequenceClassification.from_pretrained(self.folder(base), num_labels=3))
-            return model_of((RobertaForMaskedLM if base == "roberta" else AutoModelForCausalLM).from_pretrained(self.folder(base)))
+            return load(base, self.folder(base), **({"num_labels": 3} if base.endswith("+head") else {}))
 
 
-def model_of(loaded: Any) -> PreTrainedModel:
-    model: PreTrainedModel = loaded.eval()
+def load(base: str, folder: Path, **options: Any) -> PreTrainedModel:
+    """What lies in a folder, as the class that `base` means."""
+    loader: Any = RobertaForMaskedLM if base == "roberta" else AutoModelForCausalLM
+    if base.endswith("+head"):
+        loader = AutoModelForSequenceClassification
+    model: PreTrainedModel = loader.from_pretrained(folder, **options).eval()
     return model
 
 
@@ -200,12 +203,6 @@ def peft_logits(case: Case, bases: Bases, folder: Path) -> Tensor:
         return logits(PeftModel.from_pretrained(bases.load(case.base), str(folder)).eval())
 
 
-def merged_logits(case: Case, folder: Path) -> Tensor:
-    if case.base.endswith("+head"):
-        return logits(model_of(AutoModelForSequenceClassification.from_pretrained(folder)))
-    return logits(model_of((RobertaForMaskedLM if case.base == "roberta" else AutoModelForCausalLM).from_pretrained(folder)))
-
-
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_it_keeps_its_function_in_every_form(name: str, bases: Bases, tmp_path: Path) -> None:
     case = CASES[name]
@@ -213,7 +210,7 @@ def test_it_keeps_its_function_in_every_form(name: str, bases: Bases, tmp_path: 
     expected = peft_logits(case, bases, original)
     assert (expected - logits(bases.load(case.base))).abs().max() > 0.1  # the adapter does something
     case.change(original)
-    close = {"atol": 1e-4 * expected.abs().max().item() + 1e-4, "rtol": 1e-4}
+    close: dict[str, Any] = {"atol": 1e-4 * expected.abs().max().item() + 1e-4, "rtol": 1e-4}
 
     facts = inspect(original)
     assert facts.config.r_max == max(module.rank for module in facts.modules)
@@ -222,7 +219,7 @@ def test_it_keeps_its_function_in_every_form(name: str, bases: Bases, tmp_path: 
     export(original, tmp_path / "exported")
     torch.testing.assert_close(peft_logits(case, bases, tmp_path / "exported"), expected, **close)
     export(original, tmp_path / "merged", merge=True, model=bases.folder(case.base))
-    torch.testing.assert_close(merged_logits(case, tmp_path / "merged"), expected, **close)
+    torch.testing.assert_close(logits(load(case.base, tmp_path / "merged")), expected, **close)
 
     nested = convert(original, tmp_path / "nested")
     torch.testing.assert_close(peft_logits(case, bases, tmp_path / "nested"), expected, **close)
@@ -231,7 +228,7 @@ def test_it_keeps_its_function_in_every_form(name: str, bases: Bases, tmp_path: 
     at_rank = peft_logits(case, bases, tmp_path / "rank2")
     assert (at_rank - expected).abs().max() > 1e-3
     export(tmp_path / "nested", tmp_path / "merged2", rank=2, merge=True, model=bases.folder(case.base))
-    torch.testing.assert_close(merged_logits(case, tmp_path / "merged2"), at_rank, **close)
+    torch.testing.assert_close(logits(load(case.base, tmp_path / "merged2")), at_rank, **close)
 
 
 @pytest.mark.parametrize("name", REFUSED)
