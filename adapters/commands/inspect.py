@@ -1,12 +1,14 @@
 """`dylora inspect`: what is in an adapter, and how much of its update each rank keeps."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.commands.command import Command, option
 from adapters.commands.folders import read_adapter
+from adapters.errors import AdapterError
 
 if TYPE_CHECKING:
     from adapters.inspection import Inspection
@@ -54,12 +56,26 @@ def inspect(adapter: Path | str, plot: Path | str | None = None) -> "Inspection"
     """
     from adapters.inspection import inspect_adapter
 
-    return inspect_adapter(read_adapter(adapter))
+    found = inspect_adapter(read_adapter(adapter))
+    if plot is not None:
+        _draw(found, Path(plot), title=Path(adapter).resolve().name)
+    return found
+
+
+def _draw(found: "Inspection", path: Path, title: str) -> None:
+    try:
+        from adapters.commands.inspect_plot import energy_figure
+        from adapters.plots.line_plot import save_figure
+    except ModuleNotFoundError as error:
+        raise AdapterError(f"plot: {error.name} is not installed; pip install 'dylora-serve[train]' brings it") from error
+    save_figure(energy_figure(found, title), path)
 
 
 def run(options: InspectOptions) -> int:
     """Inspect and print."""
     found = inspect(options.adapter, options.plot)
+    if options.plot is not None:
+        print(f"wrote {options.plot}", file=sys.stderr)  # standard output is the table's, or the JSON's
     if options.json:
         print(json.dumps(found.to_json(), indent=2))
         return 0
