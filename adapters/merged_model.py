@@ -1,6 +1,7 @@
 """A base model and an adapter at one rank, written as one ordinary transformers model."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,11 +224,15 @@ def _refused(what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of a new classifier, whose weights the adapter brings."""
+    """Without transformers' report of a new classifier, whose weights the adapter brings; bars on a terminal only."""
     log = transformers.utils.logging
-    before = log.get_verbosity()
+    verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
+    if not sys.stderr.isatty():
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        log.set_verbosity(before)
+        log.set_verbosity(verbosity)
+        if has_bars:
+            log.enable_progress_bar()

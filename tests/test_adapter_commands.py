@@ -128,7 +128,8 @@ def test_inspect_json_is_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_what_inspect_counts_is_what_export_writes(tmp_path: Path) -> None:
-    folder = convert(random_peft_adapter("opt", tmp_path / "a", bias="all"), tmp_path / "nested") and tmp_path / "nested"
+    folder = tmp_path / "nested"
+    convert(random_peft_adapter("opt", tmp_path / "a", bias="all"), folder)
     for facts in inspect(folder).ranks:
         export(folder, tmp_path / str(facts.rank), facts.rank)
         exported = inspect(tmp_path / str(facts.rank)).ranks[-1]

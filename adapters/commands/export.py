@@ -73,7 +73,8 @@ def export(
     Raises:
         IllegalRank: the adapter does not have this rank.
         InvalidAdapter: the checkpoint can't be read, or does not fit the model.
-        AdapterError: `merge` without `model` or the reverse, `out` is there already, or the model can't be used.
+        AdapterError: `merge` without `model` or the reverse, a plain LoRA at a lower rank, `out` is there already, or the model
+            can't be used.
     """
     wanted = _checked_dtype(dtype)
     if merge and model is None:
@@ -92,7 +93,10 @@ def export(
         source.config.check_rank(chosen)
     except IllegalRank as error:
         if len(error.legal) == 1 and 1 <= chosen < source.config.r_max:
-            raise AdapterError(f"{error}: a plain LoRA must not be cut; `dylora convert` makes it nested first") from error
+            raise AdapterError(
+                f"rank {chosen}: a plain LoRA has only its own, {source.config.r_max}, and its first columns are no adapter; "
+                "`dylora convert` makes it nested"
+            ) from error
         raise
     with new_folder(out) as folder:
         if model is None:
