@@ -1,7 +1,7 @@
 """Changing an adapter's shape without changing its function: re-nesting, cutting to one rank, exporting."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -77,9 +77,13 @@ def first_columns(adapter: Adapter, r_max: int) -> Adapter:
 
 def _quality_up_to(r_max: int, quality: QualityProfile) -> QualityProfile | None:
     """None where nothing was measured at the ranks that are left."""
-    kept = [replace(m, values={rank: value for rank, value in m.values.items() if rank <= r_max}) for m in quality.metrics]
-    metrics = tuple(metric for metric in kept if metric.values)
-    return replace(quality, metrics=metrics) if metrics else None
+    metrics = []
+    for metric in quality.metrics:
+        by_rank = {f.name: getattr(metric, f.name) for f in fields(metric) if isinstance(getattr(metric, f.name), Mapping)}
+        cut = {name: {rank: each for rank, each in values.items() if rank <= r_max} for name, values in by_rank.items()}
+        metrics.append(replace(metric, **cut))
+    kept = tuple(metric for metric in metrics if metric.values)
+    return replace(quality, metrics=kept) if kept else None
 
 
 def at_rank(adapter: Adapter, rank: int) -> Adapter:
