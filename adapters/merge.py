@@ -18,8 +18,9 @@ def merge(model: nn.Module, adapter: Adapter, rank: int) -> None:
     """Change `model` in place into one that computes what it computes with the adapter at `rank`.
 
     `W + scale(rank) * B[:, :rank] @ A[:rank]` for every module, in float32 and rounded once to the weight's own dtype. A
-    weight that the model uses in two places (tied embeddings) gets a copy of its own where only one of them is adapted, as
-    under PEFT; the config of a transformers model then says so.
+    weight that the model uses in two places (tied embeddings) gets a copy of its own where only one of them is adapted, and
+    the config of a transformers model then says so. That is what PEFT computes with the adapter beside the model; its own
+    merge_and_unload changes both places.
 
     Raises:
         IllegalRank: the adapter does not have this rank.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,9 @@ def _quality_up_to(r_max: int, quality: QualityProfile) -> QualityProfile | None
     metrics = []
     for metric in quality.metrics:
         by_rank = {f.name: getattr(metric, f.name) for f in fields(metric) if isinstance(getattr(metric, f.name), Mapping)}
-        cut = {name: {rank: each for rank, each in values.items() if rank <= r_max} for name, values in by_rank.items()}
+        cut: dict[str, Any] = {
+            name: {rank: each for rank, each in values.items() if rank <= r_max} for name, values in by_rank.items()
+        }
         metrics.append(replace(metric, **cut))
     kept = tuple(metric for metric in metrics if metric.values)
     return replace(quality, metrics=kept) if kept else None

@@ -169,6 +169,13 @@ def test_a_genuine_lora_shows_that_its_first_columns_are_no_better_than_others()
     assert [shown[rank] for rank in (1, 2, 4, 8)] == [(0.16, 0.49), (0.32, 0.68), (0.58, 0.89), (1.0, 1.0)]
 
 
+def test_the_owner_of_a_file_is_not_held_to_the_limits_of_an_upload(tmp_path: Path) -> None:
+    write_peft(random_adapter(AdapterKind.DYLORA, r=300), tmp_path)
+    with pytest.raises(InvalidAdapter, match="rank 300, the limit is 256"):
+        read_peft(tmp_path)
+    assert inspect(tmp_path).config.r_max == 300
+
+
 # convert
 
 
