@@ -5,7 +5,12 @@ Nothing here or in what it imports may import torch: help and usage errors come 
 
 from typing import Any
 
-from adapters.commands import evaluate
+from adapters.commands import convert, evaluate, export, inspect
 from adapters.commands.command import Command
 
-COMMANDS: tuple[Command[Any], ...] = (evaluate.COMMAND,)
+COMMANDS: tuple[Command[Any], ...] = (
+    evaluate.COMMAND,
+    inspect.COMMAND,
+    convert.COMMAND,
+    export.COMMAND,
+)
