@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.http.auth import PROBE_PATHS
 from service.http.error_table import ErrorKind
@@ -48,14 +49,22 @@ class BoundedConnection(HttpToolsProtocol):
         self._refusal: tuple[ErrorKind, str] | None = None
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None
         self._free_app = self.app
         self._full_app = _too_many_connections(self.app, self.config.app)
         self._start_read_timer(self._settings.header_timeout_s, self._headers_too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop all clocks."""
+        """Stop all clocks, and tell the request that is being answered.
+
+        uvicorn tells the last one that was read, which is another where a client sends requests ahead of answers.
+        """
         self._stop_read_timer()
         self._stop_write_timer()
+        self.pipeline.clear()
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
 
     # What comes in
@@ -119,6 +128,10 @@ class BoundedConnection(HttpToolsProtocol):
     def _head_limits(self) -> str:
         settings = self._settings
         return f"the headers exceed the limit of {int(settings.max_header_bytes)} bytes or {settings.max_headers} headers"
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     # What goes out
 

@@ -113,9 +113,7 @@ class Tenants:
         account = self._accounts.setdefault(key.name, _Account())
         if key.max_in_flight is not None and account.in_flight >= key.max_in_flight:
             # With n in flight, each of them `mean_s` long, one ends every mean_s / n seconds.
-            raise KeyOverLimit(
-                f"{key.max_in_flight} requests in flight", whole_seconds(account.mean_s / account.in_flight)
-            )
+            raise KeyOverLimit(f"{key.max_in_flight} requests in flight", whole_seconds(account.mean_s / account.in_flight))
         if key.requests_per_minute is not None:
             wait_s = account.bucket_for(key.requests_per_minute, self._clock).take()
             if wait_s:
