@@ -60,18 +60,16 @@ def test_whoever_comes_back_when_told_is_let_in(per_minute: int, tries: int) -> 
 
 
 def test_a_queue_is_said_to_have_room_when_it_has_drained() -> None:
-    clock = ManualClock()
-    rate = DrainRate(clock)
-    assert rate.retry_after_s(waiting=100) == 1  # too young to tell
-    for _ in range(20):
-        clock.pass_s(0.5)
-        rate.ended()
-    assert rate.retry_after_s(waiting=10) == 5  # two a second
-    assert rate.retry_after_s(waiting=10_000) == MAX_RETRY_AFTER_S
-    clock.pass_s(29)
-    assert rate.retry_after_s(waiting=1) == 10  # three ends within the window
-    clock.pass_s(100)
-    assert rate.retry_after_s(waiting=1) == 30  # none: it takes at least the window
+    rate = DrainRate()
+    assert rate.retry_after_s(running=4, waiting=100) == 1  # nothing has ended yet
+    for _ in range(3):
+        rate.ended(2.0)
+    assert rate.retry_after_s(running=4, waiting=10) == 5  # four that take two seconds each: two a second
+    assert rate.retry_after_s(running=4, waiting=10_000) == MAX_RETRY_AFTER_S
+    assert rate.retry_after_s(running=0, waiting=0) == 2
+    for _ in range(100):
+        rate.ended(0.2)
+    assert rate.retry_after_s(running=4, waiting=100) == 6  # it follows what happens now
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_the_refusal_of_a_rank_names_those_that_the_caller_may_use() -> None:
     known = RankFacts((1, 2, 4, 8))
     with pytest.raises(InvalidRequest, match="rank: 8 is outside what this API key may use, 1 to 4; legal here: 1, 2, 4"):
         decide(8, None, known, book(Policy(PolicyKind.MAX)), RankBounds(1, 4))
-    with pytest.raises(IllegalRank, match="legal ranks: 1, 2, 4$"):
+    with pytest.raises(IllegalRank, match=r"legal ranks: 1, 2, 4$"):
         decide(3, None, known, book(Policy(PolicyKind.MAX)), RankBounds(1, 4))
     with pytest.raises(InvalidRequest, match="may use ranks 16 or more, and the adapter has none there; it has: 1, 2, 4, 8"):
         decide("auto", None, known, book(Policy(PolicyKind.MAX)), RankBounds(16))

@@ -2,9 +2,7 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from threading import Lock
 
 from service.errors import InvalidRequest
 
@@ -16,7 +14,7 @@ TIMEOUT_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
 https://www.envoyproxy.io/docs/envoy/latest/configuration/http/http_filters/router_filter"""
 
 MAX_RETRY_AFTER_S = 60
-_DRAIN_WINDOW_S = 30.0
+_NEWEST_WEIGHT = 0.1
 
 
 class TokenBucket:
@@ -44,36 +42,23 @@ class TokenBucket:
 
 
 class DrainRate:
-    """How fast requests end, over the last half minute; from it follows when a full queue has room. Thread-safe."""
+    """How fast generations end, from how long they took lately: n that run, each `mean_s` long, end at n / mean_s a second
+    (Little's law). Unlike a count of ends per time it is not misled by a server that was idle until a moment ago.
+    """
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
-        self._started_at = clock()
-        self._ends: deque[float] = deque()
-        self._lock = Lock()
+    def __init__(self) -> None:
+        self._mean_s: float | None = None  # written by the engine's thread alone
 
-    def ended(self) -> None:
-        """A request reached its end."""
-        with self._lock:
-            self._ends.append(self._clock())
-            self._forget()
+    def ended(self, running_s: float) -> None:
+        """A generation is complete; it ran for so long, its time in the queue apart."""
+        mean_s = running_s if self._mean_s is None else self._mean_s
+        self._mean_s = mean_s + _NEWEST_WEIGHT * (running_s - mean_s)
 
-    def retry_after_s(self, waiting: int) -> int:
-        """Whole seconds in which those that wait now will have been taken, if requests go on ending at this rate.
-
-        One second where the server is too young to tell.
-        """
-        with self._lock:
-            self._forget()
-            ends = len(self._ends)
-            span_s = min(_DRAIN_WINDOW_S, self._clock() - self._started_at)
-        # Where nothing ended, the first end is still to come: the span is the best that is known of how long that takes.
-        return whole_seconds(max(waiting, 1) * span_s / max(ends, 1))
-
-    def _forget(self) -> None:
-        oldest = self._clock() - _DRAIN_WINDOW_S
-        while self._ends and self._ends[0] < oldest:
-            self._ends.popleft()
+    def retry_after_s(self, running: int, waiting: int) -> int:
+        """Whole seconds in which those that wait now will have been taken. One where nothing has ended yet."""
+        if self._mean_s is None:
+            return 1
+        return whole_seconds(max(waiting, 1) * self._mean_s / max(running, 1))
 
 
 def whole_seconds(seconds: float) -> int:

@@ -51,6 +51,7 @@ def _headers(scope: Scope, error: Exception) -> dict[str, str]:
             return {"Retry-After": str(error.retry_after_s)}
         case QueueFull():
             services: Services = scope["app"].state.services
-            return {"Retry-After": str(services.drain_rate.retry_after_s(services.engine.stats().waiting))}
+            stats = services.engine.stats()
+            return {"Retry-After": str(services.drain_rate.retry_after_s(stats.running, stats.waiting))}
     seconds = kind_of(error).retry_after_s
     return {} if seconds is None else {"Retry-After": str(seconds)}

@@ -41,6 +41,7 @@ class RequestTracker:
             case Finished():
                 self._mode = event.mode.value
                 usage = event.usage
+                self._drain_rate.ended(usage.total_s - usage.queue_s)
                 adapter, rank = self._request.adapter, self._request.rank
                 self._metrics.completed(adapter, rank, total_s=usage.total_s, queue_s=usage.queue_s)
                 self._end("ok")
@@ -66,7 +67,6 @@ class RequestTracker:
 
     def _end(self, outcome: str, error: str | None = None) -> None:
         request = self._request
-        self._drain_rate.ended()
         self._metrics.ended(request.adapter, request.rank, self._mode, outcome)
         self._metrics.tokens(prompt=request.prompt_tokens, generated=self._tokens)
         line = pairs(

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class Guarded:
 
     process: ServerProcess
     keys: Path
+    clients: ExitStack
 
     def client(self, key: MadeKey) -> Client:
         """Speaks with a key."""
-        return Client(httpx.Client(base_url=self.process.url, timeout=60, headers=key.headers))
+        http = httpx.Client(base_url=self.process.url, timeout=60, headers=key.headers)
+        return Client(self.clients.enter_context(http))
 
     def write_and_signal(self, content: str) -> None:
         """Replace the keys file, and say so."""
@@ -41,8 +44,8 @@ def guarded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     root = tmp_path_factory.mktemp("guarded")
     keys = write_keys(root / "keys.json", OPERATOR, ALICE, BOB)
     settings = {**SMALL, "model": model_folder, "adapters_dir": root / "adapters", "api_keys_file": keys}
-    with ServerProcess(settings, root / "log") as process:
-        yield Guarded(process, keys)
+    with ServerProcess(settings, root / "log") as process, ExitStack() as clients:
+        yield Guarded(process, keys, clients)
     log = (root / "log").read_text()
     assert not [key.name for key in (OPERATOR, ALICE, BOB) if key.token[17:] in log]
 
@@ -87,14 +90,15 @@ def test_a_deadline_frees_the_row(guarded: Guarded) -> None:
 
 
 def test_keys_are_read_again_on_sighup(guarded: Guarded, tmp_path: Path) -> None:
-    carol = make_key("carol")
+    new = make_key("carol")
     before = guarded.keys.read_text()
-    assert guarded.client(carol).generate(tokens=1).status_code == 401
-    guarded.write_and_signal(write_keys(tmp_path / "new.json", OPERATOR, carol).read_text())
-    wait_until(lambda: guarded.client(carol).generate(tokens=1).status_code == 200)
-    assert guarded.client(BOB).generate(tokens=1).status_code == 401
+    carol, bob = guarded.client(new), guarded.client(BOB)
+    assert carol.generate(tokens=1).status_code == 401
+    guarded.write_and_signal(write_keys(tmp_path / "new.json", OPERATOR, new).read_text())
+    wait_until(lambda: carol.generate(tokens=1).status_code == 200)
+    assert bob.generate(tokens=1).status_code == 401
     guarded.write_and_signal("{")
     wait_until(lambda: "API keys not read again, the old ones stay" in guarded.process.output())
-    assert guarded.client(carol).generate(tokens=1).status_code == 200
+    assert carol.generate(tokens=1).status_code == 200
     guarded.write_and_signal(before)
-    wait_until(lambda: guarded.client(BOB).generate(tokens=1).status_code == 200)
+    wait_until(lambda: bob.generate(tokens=1).status_code == 200)
