@@ -205,6 +205,15 @@ def test_a_large_body_is_no_large_header(tmp_path: Path) -> None:
             assert rest_of(connection).startswith(b"HTTP/1.1 200 ")
 
 
+def test_a_large_body_is_no_part_of_the_headers_that_follow_it(tmp_path: Path) -> None:
+    body = b'{"inputs": "%s"}' % (b"x" * 400)
+    head = b"POST /generate HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with on_socket(tmp_path, max_header_bytes=300) as (server, _), raw(server, head + body + b"GET /hea") as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"lth HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert b"HTTP/1.1 200 " in rest_of(connection)
+
+
 def test_what_is_no_http_is_told_so(tmp_path: Path) -> None:
     with on_socket(tmp_path) as (server, _), raw(server, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03") as connection:
         answer = rest_of(connection)

@@ -44,7 +44,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._services = services
         self._settings: Settings = services.settings
         self._is_head_awaited = True
-        self._has_begun = False
+        self._has_begun = self._has_completed_one = False
         self._head_bytes = self._parsed_bytes = 0
         self._refusal: tuple[ErrorKind, str] | None = None
         self._read_timer: asyncio.TimerHandle | None = None
@@ -71,11 +71,11 @@ class BoundedConnection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, and start the clock of whatever is arriving now."""
-        was_awaited = self._is_head_awaited
+        self._has_completed_one = False
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if was_awaited and self._is_head_awaited and self._has_begun:
+        if self._is_head_awaited and self._has_begun and not self._has_completed_one:
             # All of it belongs to headers that are not complete: the parser keeps them until they are.
             self._head_bytes += len(data)
             if self._head_bytes > self._settings.max_header_bytes:
@@ -114,7 +114,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The body is complete, and the next thing to come are headers."""
         super().on_message_complete()
-        self._is_head_awaited = True
+        self._is_head_awaited = self._has_completed_one = True
         self._has_begun = False
         self._stop_read_timer()
 
