@@ -13,6 +13,7 @@ import pytest
 
 from adapters.demo import ARTIFACTS
 from loadtests.server_process import ServerProcess
+from service.keys import KeyEntry
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,4 +76,12 @@ def test_every_metric_is_documented(demo: ServerProcess) -> None:
 
 
 def test_settings_that_readme_names_exist() -> None:
+    limits = README[README.index("## Limits") : README.index("## Metrics")]
+    named = {word for word in re.findall(r"`([a-z_]+)`", limits) if "_" in word}
+    assert len(named) > 10
+    assert named <= set(Settings.model_fields)
     assert {"default_policy", "quality_tolerance", "budget_share", "metrics_max_adapters"} <= set(Settings.model_fields)
+
+
+def test_every_field_of_a_key_is_documented() -> None:
+    assert [name for name in KeyEntry.model_fields if f"`{name}`" not in README] == []
