@@ -80,8 +80,10 @@ def real_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
         max_running=settings.max_running_requests,
         max_waiting=settings.max_waiting_requests,
         max_batch_tokens=settings.max_batch_tokens,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
         kv_cache_bytes=settings.kv_cache_bytes,
         kv_block_tokens=settings.kv_block_tokens,
+        prefix_cache=settings.prefix_cache,
         merged_cache_bytes=settings.merged_cache_bytes,
         merge_after_steps=settings.merge_after_steps,
     )

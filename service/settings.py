@@ -93,8 +93,14 @@ class Settings(BaseSettings):
     max_running_requests: Count = Field(64, description="most requests in one batch")
     max_waiting_requests: Count = Field(256, description="most requests in the queue; more are answered with 503")
     max_batch_tokens: Count = Field(512, description="token budget of one step, prompt chunks and decode rows together")
+    prefill_chunk_tokens: Count = Field(
+        16, description="prompt tokens of a step in which requests generate, and one more for each of these"
+    )
     kv_cache_bytes: Bytes = Field(ByteSize(512 * MIB), description="memory for keys and values")
     kv_block_tokens: Count = Field(16, description="tokens per block of the key/value cache")
+    prefix_cache: bool = Field(
+        True, description="reuse keys and values of prompts that begin alike, at one adapter and rank; their timing shows it"
+    )
     max_context_tokens: int | None = Field(None, ge=2, description="prompt plus answer; unset: what the model allows")
     merged_cache_bytes: Bytes = Field(ByteSize(512 * MIB), description="memory for merged weights; 0 never merges")
     merge_after_steps: Count = Field(8, description="steps of one (adapter, rank) alone before its weights are merged")

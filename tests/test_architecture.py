@@ -17,8 +17,8 @@ PACKAGES = ("adapters", "service")
 LAYERS: tuple[tuple[str, str, str], ...] = (
     ("nouns", "service", "errors core policies keys settings version log"),
     ("choice", "service", "latency_model rank_policy"),
-    ("bookkeeping", "service.engine", "blocks scheduler"),
-    ("tensors", "service.engine", "kv_cache sites adapted mixed lora merged sampling text model"),
+    ("bookkeeping", "service.engine", "prefix_hash blocks fair_queue scheduler"),
+    ("tensors", "service.engine", "kv_cache sites adapted mixed lora merged merge_worker sampling text model"),
     ("runner", "service.engine", "ticket runner model_check planner"),
     ("engine", "service.engine", "engine fake_engine"),
     ("around the engine", "service.http", "error_table metrics registry limits tenants services stream tracking uploads"),

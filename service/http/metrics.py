@@ -206,8 +206,14 @@ class _AtScrape(Collector):
         yield CounterMetricFamily("dylora_merged_cache_misses", "Lookups that found nothing.", value=merged.misses)
         yield CounterMetricFamily("dylora_merged_cache_evictions", "Entries pushed out.", value=merged.evictions)
         yield GaugeMetricFamily("dylora_merged_cache_bytes", "Bytes of merged weights held.", value=merged.nbytes)
-        free = stats.kv_blocks_total - stats.kv_blocks_used
-        yield _by_state("dylora_kv_blocks", "Key/value blocks.", {"used": stats.kv_blocks_used, "free": free})
+        prefix = stats.prefix
+        yield CounterMetricFamily("dylora_prefix_cache_hits", "Admissions with a known prefix.", value=prefix.hits)
+        yield CounterMetricFamily("dylora_prefix_cache_misses", "Admissions without one.", value=prefix.misses)
+        yield CounterMetricFamily("dylora_prefix_cache_evictions", "Blocks pushed out.", value=prefix.evictions)
+        yield CounterMetricFamily("dylora_prefix_reused_tokens", "Tokens found, not computed.", value=prefix.reused_tokens)
+        used, cached = stats.kv_blocks_used, stats.kv_blocks_cached
+        blocks = {"used": used, "cached": cached, "free": stats.kv_blocks_total - used - cached}
+        yield _by_state("dylora_kv_blocks", "Key/value blocks.", blocks)
         requests = {"running": stats.running, "waiting": stats.waiting}
         yield _by_state("dylora_requests_in_flight", "Requests in the engine.", requests)
         yield _by_state("dylora_adapters", "Adapters in the store.", self._adapters())
