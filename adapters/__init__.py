@@ -1,7 +1,7 @@
 """Nested low-rank adapters: train once, use at every rank up to r_max.
 
-The commands of `dylora` as functions (`evaluate`, `inspect`, `convert`, `export`) and the nouns that they speak of. A name's module is
-imported when the name is first used, so that `import adapters` waits for nothing.
+The commands of `dylora` as functions (`train`, `evaluate`, `inspect`, `convert`, `export`) and the nouns that they speak
+of. A name's module is imported when the name is first used, so that `import adapters` waits for nothing.
 """
 
 from importlib import import_module
