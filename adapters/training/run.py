@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 import transformers
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ def execute(run: TrainingRun) -> TrainReport:
         InvalidAdapter, IllegalRank: the adapter's settings don't fit the model.
         TrainingError: the run can't start, or can't go on.
     """
-    processes = PartialState()
+    processes = PartialState(cpu=not torch.accelerator.is_available())  # unnamed, CPUs make no group
     folder = RunFolder(run.out, run.checkpoint_dir or run.out / CHECKPOINTS)
     run.settings.check_fits(run.dylora)
     if run.settings.eval_steps is not None and run.eval_data is None:
@@ -112,7 +113,7 @@ def execute(run: TrainingRun) -> TrainReport:
     trainer.train(resume_from_checkpoint=last_checkpoint(folder.checkpoints) if run.resume else None)
     adapter = trained_adapter(base.model, run.dylora.adapter_config(run.model or None))
     if eval_rows:
-        measured_on, metrics = str(run.eval_data), trainer.evaluate()
+        measured_on, metrics = str(run.eval_data), trainer.last_measured() or trainer.evaluate()
     else:
         seen = rows[:_LOOK_BACK_ROWS]
         measured_on, metrics = f"{len(seen)} examples of the training data", trainer.evaluate(training_data(seen, 0).dataset)
