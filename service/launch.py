@@ -6,12 +6,13 @@ import torch
 
 from adapters.limits import CheckpointLimits
 from adapters.store.store import AdapterStore
-from service import demo, log, server
-from service.app import create_app
+from service import demo, log
 from service.core import EngineObserver, EngineProtocol
-from service.engine import Engine, EngineOptions
-from service.metrics import Metrics
-from service.model import load_model
+from service.engine.engine import Engine, EngineOptions
+from service.engine.model import load_model
+from service.http import server
+from service.http.app import create_app
+from service.http.metrics import Metrics
 from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from adapters.adapter import Adapter, LowRank
 from adapters.config import AdapterConfig, AdapterKind
 from service.core import Aborted, AdapterChoice, Event, Failed, Finished, GenerationRequest, SamplingParams, TokenEvent
-from service.engine import Engine, EngineOptions
-from service.model import prepare_model
-from service.sites import Site, site_kind
+from service.engine.engine import Engine, EngineOptions
+from service.engine.model import prepare_model
+from service.engine.sites import Site, site_kind
 from tests.tiny_models import LINEAR_TARGETS, VOCAB
 
 

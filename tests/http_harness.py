@@ -19,11 +19,11 @@ from adapters.config import AdapterKind
 from adapters.limits import CheckpointLimits
 from adapters.quality import QUALITY_FILE, Metric, QualityProfile
 from adapters.store.store import AdapterStore
-from service.app import create_app
-from service.fake_engine import FakeEngine
-from service.metrics import Metrics
-from service.server import DrainingServer
-from service.services import Services
+from service.engine.fake_engine import FakeEngine
+from service.http.app import create_app
+from service.http.metrics import Metrics
+from service.http.server import DrainingServer
+from service.http.services import Services
 from service.settings import Settings
 from tests.checkpoints import random_adapter
 

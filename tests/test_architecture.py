@@ -14,34 +14,34 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("adapters", "service")
 
-LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("nouns", ("errors", "core", "policies", "settings", "version")),
-    ("bookkeeping", ("blocks", "latency_model", "rank_policy", "scheduler")),
-    ("tensors", ("kv_cache", "sites", "adapted", "mixed", "lora", "merged", "sampling", "text", "model")),
-    ("runner", ("ticket", "runner", "model_check", "planner")),
-    ("engine", ("engine", "fake_engine")),
-    ("around the engine", ("error_table", "log", "metrics", "registry", "services", "stream", "tracking", "uploads")),
-    ("requests", ("not_served", "schemas", "selection", "validation_text", "generation", "answers")),
-    ("asgi", ("middleware", "disconnect")),
-    ("routes", ("routes_common", "routes_adapters", "routes_generate", "routes_openai", "routes_ops")),
-    ("app", ("app",)),
-    ("server", ("server",)),
-    ("commands", ("demo", "launch", "cli", "cluster")),
+LAYERS: tuple[tuple[str, str, str], ...] = (
+    ("nouns", "service", "errors core policies settings version log"),
+    ("choice", "service", "latency_model rank_policy"),
+    ("bookkeeping", "service.engine", "blocks scheduler"),
+    ("tensors", "service.engine", "kv_cache sites adapted mixed lora merged sampling text model"),
+    ("runner", "service.engine", "ticket runner model_check planner"),
+    ("engine", "service.engine", "engine fake_engine"),
+    ("around the engine", "service.http", "error_table metrics registry services stream tracking uploads"),
+    ("requests", "service.http", "not_served schemas selection validation_text generation answers"),
+    ("asgi", "service.http", "middleware disconnect"),
+    ("routes", "service.http", "routes_common routes_adapters routes_generate routes_openai routes_ops"),
+    ("app", "service.http", "app server"),
+    ("commands", "service", "demo launch cli cluster"),
 )
 """Lowest first. A module imports only from lower layers, or from modules that stand before it in its own."""
 
 MAY_IMPORT = {
-    "fastapi": ("service.app", "service.routes_*", "service.server", "service.cli", "service.cluster"),
+    "fastapi": ("service.http.app", "service.http.routes_*", "service.http.server", "service.cli", "service.cluster"),
     "starlette": (
-        "service.middleware",
-        "service.disconnect",
-        "service.app",
-        "service.routes_*",
-        "service.server",
+        "service.http.middleware",
+        "service.http.disconnect",
+        "service.http.app",
+        "service.http.routes_*",
+        "service.http.server",
         "service.cli",
         "service.cluster",
     ),
-    "uvicorn": ("service.server", "service.cli"),
+    "uvicorn": ("service.http.server", "service.cli"),
     "ray": ("service.cluster",),
     "peft": ("adapters.training.*", "adapters.evaluation.*", "adapters.paper.*", "adapters.demo.*"),
 }
@@ -51,15 +51,15 @@ WITHOUT_TORCH = (
     "service.errors",
     "service.core",
     "service.settings",
-    "service.blocks",
-    "service.scheduler",
+    "service.engine.blocks",
+    "service.engine.scheduler",
     "service.policies",
     "service.rank_policy",
-    "service.selection",
-    "service.schemas",
-    "service.metrics",
-    "service.stream",
-    "service.fake_engine",
+    "service.http.selection",
+    "service.http.schemas",
+    "service.http.metrics",
+    "service.http.stream",
+    "service.engine.fake_engine",
     "service.latency_model",
 )
 """Neither these nor what they import may import torch, so that they are tested in milliseconds."""
@@ -163,25 +163,25 @@ def third_party_breaches(tree: Tree) -> Iterator[str]:
 
 
 def layer_breaches(tree: Tree) -> Iterator[str]:
-    layer_of = {f"service.{module}": layer for layer, modules in LAYERS for module in modules}
+    layer_of = {f"{folder}.{module}": layer for layer, folder, modules in LAYERS for module in modules.split()}
+    folders = {folder for _, folder, _ in LAYERS}
     place = {name: number for number, name in enumerate(layer_of)}
     for name, imports in tree.items():
-        own = service_module(name)
+        own = service_module(name, folders)
         if own is None:
             continue
         if own not in place:
             yield f"{name} has no place in LAYERS of {Path(__file__).name}: add it to the layer it belongs to"
             continue
         for i in imports:
-            target = service_module(i.target)
+            target = service_module(i.target, folders)
             if target in place and place[target] > place[own]:
                 yield f"{name}:{i.line} ({layer_of[own]}) imports {i.target} ({layer_of[target]}): imports run downward"
 
 
-def service_module(name: str) -> str | None:
-    """The module directly under `service` that a name belongs to; None outside it and for the package itself."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "service" and len(parts) > 1 else None
+def service_module(name: str, folders: Iterable[str]) -> str | None:
+    """`name` if it is a module of the service; None outside it and for its folders, which hold nothing themselves."""
+    return name if is_or_under(name, "service") and name not in folders else None
 
 
 def torch_breaches(tree: Tree) -> Iterator[str]:
@@ -245,13 +245,13 @@ def test_the_project_keeps_its_import_rules() -> None:
     [
         ("adapters.store", "from service.core import Mode", "adapters.store:1 imports service.core"),
         ("adapters.store", "import fastapi", "adapters.store:1 imports fastapi"),
-        ("service.engine", "from fastapi import FastAPI", "service.engine:1 imports fastapi.FastAPI"),
-        ("service.routes_ops", "import ray.serve", "service.routes_ops:1 imports ray.serve"),
+        ("service.engine.engine", "from fastapi import FastAPI", "service.engine.engine:1 imports fastapi.FastAPI"),
+        ("service.http.routes_ops", "import ray.serve", "service.http.routes_ops:1 imports ray.serve"),
         ("adapters.checkpoint", "def f():\n    import peft", "adapters.checkpoint:2 imports peft"),
-        ("service.scheduler", "import torch", "service.scheduler imports torch"),
-        ("service.scheduler", "from adapters import heavy", "service.scheduler -> adapters.heavy -> torch"),
-        ("service.blocks", "from service.engine import Engine", "service.blocks:1 (bookkeeping) imports"),
-        ("service.lora", "from . import runner", "service.lora:1 (tensors) imports service.runner"),
+        ("service.engine.scheduler", "import torch", "service.engine.scheduler imports torch"),
+        ("service.engine.scheduler", "from adapters import heavy", "service.engine.scheduler -> adapters.heavy -> torch"),
+        ("service.engine.blocks", "from service.engine.engine import Engine", "service.engine.blocks:1 (bookkeeping) imports"),
+        ("service.engine.lora", "from . import runner", "service.engine.lora:1 (tensors) imports service.engine.runner"),
         ("service.mystery", "", "service.mystery has no place in LAYERS"),
         ("adapters.one", "from adapters import two", "import cycle: adapters.one -> adapters.two -> adapters.one"),
         ("adapters.utils", "", "adapters.utils: say what is in it"),
@@ -267,8 +267,11 @@ def test_a_breach_is_found(tmp_path: Path, module: str, source: str, said: str) 
     ("module", "source"),
     [
         ("service.core", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
-        ("service.routes_generate", "from fastapi import APIRouter\nfrom service import core, engine"),
-        ("service.engine", "import torch\nfrom service.runner import Runner"),
+        (
+            "service.http.routes_generate",
+            "from fastapi import APIRouter\nimport service.engine.engine",
+        ),
+        ("service.engine.engine", "import torch\nfrom service.engine.runner import Runner"),
         ("adapters.training.trainer", "import peft"),
         ("adapters.demo.recipe", "from peft import LoraConfig"),
     ],
@@ -287,9 +290,11 @@ def lay_out(root: Path, sources: dict[str, str]) -> None:
         "adapters.one": "",
         "adapters.demo.__init__": "",
         "service.__init__": "",
+        "service.engine.__init__": "",
+        "service.http.__init__": "",
         "service.core": "",
-        "service.runner": "import torch",
-        "service.engine": "from service.runner import Runner",
+        "service.engine.runner": "import torch",
+        "service.engine.engine": "from service.engine.runner import Runner",
         **dict.fromkeys(WITHOUT_TORCH, ""),
     }
     for module, source in {**sound, **sources}.items():

@@ -26,7 +26,7 @@ PAUSED_SERVER = """
 import signal, sys
 from contextlib import ExitStack
 from service.cli import main
-from service.fake_engine import FakeEngine
+from service.engine.fake_engine import FakeEngine
 
 def make_engine(settings, observer):
     engine = FakeEngine(observer)

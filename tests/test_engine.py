@@ -20,9 +20,9 @@ from service.core import (
     StepReport,
     TokenEvent,
 )
-from service.engine import Engine, EngineOptions
+from service.engine.engine import Engine, EngineOptions
+from service.engine.model import prepare_model
 from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
-from service.model import prepare_model
 from tests.engine_harness import Client, character_tokenizer, generate, random_dylora, running_engine
 from tests.tiny_models import tiny_model
 

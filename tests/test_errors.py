@@ -3,8 +3,8 @@ from collections.abc import Iterator
 import pytest
 
 from adapters.errors import AdapterError, AdapterTooLarge
-from service.error_table import ERROR_TABLE, error_body, kind_of
 from service.errors import ServiceError
+from service.http.error_table import ERROR_TABLE, error_body, kind_of
 
 
 def tree(root: type[Exception]) -> Iterator[type[Exception]]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from service.http.schemas import CompatRequest, GenerateParameters
 from service.log import logger, pairs
-from service.schemas import CompatRequest, GenerateParameters
 from tests.http_harness import Server, in_process
 
 

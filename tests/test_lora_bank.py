@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from adapters.adapter import Adapter, LowRank
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
-from service.adapted import lora_step
 from service.core import AdapterChoice
-from service.lora import LoraBank
-from service.merged import MergedCache, MergedWeights, merge, merged_nbytes
-from service.sites import Site, site_kind
+from service.engine.adapted import lora_step
+from service.engine.lora import LoraBank
+from service.engine.merged import MergedCache, MergedWeights, merge, merged_nbytes
+from service.engine.sites import Site, site_kind
 
 WIDTH, OUT, VOCAB = 6, 5, 11
 

@@ -5,9 +5,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.core import Aborted, EngineStats, Mode, StepReport, Token, TokenEvent
-from service.fake_engine import FakeEngine
-from service.metrics import RANKS_PER_ADAPTER, Metrics
-from service.tracking import RequestTracker, TrackedRequest
+from service.engine.fake_engine import FakeEngine
+from service.http.metrics import RANKS_PER_ADAPTER, Metrics
+from service.http.tracking import RequestTracker, TrackedRequest
 from tests.http_harness import PROFILE, Server, adapter, files_of, folder_of, in_process
 
 NAMES = {

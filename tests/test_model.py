@@ -16,9 +16,9 @@ from transformers import (
 
 from adapters.nesting import export_rank
 from service.core import AdapterChoice, GenerationRequest, SamplingParams
-from service.engine import Engine
+from service.engine.engine import Engine
+from service.engine.model import load_model, prepare_model
 from service.errors import ModelRefused
-from service.model import load_model, prepare_model
 from tests.engine_harness import character_tokenizer, generate, mixed_requests, random_dylora, running_engine
 from tests.test_engine_invariance import stock_tokens
 from tests.tiny_models import VOCAB, tiny_model

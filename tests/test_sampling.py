@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core import SamplingParams
-from service.sampling import Draw, choose, uniform_number
+from service.engine.sampling import Draw, choose, uniform_number
 
 GREEDY = SamplingParams()
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.blocks import BlockPool, OutOfBlocks
 from service.core import GenerationRequest, SamplingParams
-from service.scheduler import Scheduler, Sequence
+from service.engine.blocks import BlockPool, OutOfBlocks
+from service.engine.scheduler import Scheduler, Sequence
 
 
 def sequence(prompt: int, new: int) -> Sequence:

@@ -4,9 +4,9 @@ import threading
 import pytest
 
 from service.core import Aborted, Finished, GenerationRequest, SamplingParams, TokenEvent
+from service.engine.fake_engine import FakeEngine
 from service.errors import QueueFull
-from service.fake_engine import FakeEngine
-from service.stream import EventStream
+from service.http.stream import EventStream
 
 
 def request(tokens: int = 5) -> GenerationRequest:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from service.text import StopMatcher, TextStream
+from service.engine.text import StopMatcher, TextStream
 
 TEXT = "The quick brown fox — naïve café, 日本語のテキスト, and emoji 👩‍👩‍👧 😀 jump over  two   spaces\nand lines. " * 3
 

@@ -5,9 +5,9 @@ from threading import Event
 
 from service.core import EngineProtocol
 from service.errors import Draining
-from service.metrics import Metrics
+from service.http.metrics import Metrics
+from service.http.registry import AdapterRegistry
 from service.policies import PolicyBook
-from service.registry import AdapterRegistry
 from service.settings import Settings
 
 

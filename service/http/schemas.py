@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WithJsonSchema
 
 from service.core import FinishReason, Mode
-from service.not_served import LATENCY_INSTEAD, NotServed
+from service.http.not_served import LATENCY_INSTEAD, NotServed
 from service.rank_policy import RankReason, RankWish
 
 MAX_STOPS = 16

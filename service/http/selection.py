@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.errors import InvalidRequest
-from service.not_served import LATENCY_INSTEAD
+from service.http.not_served import LATENCY_INSTEAD
 from service.rank_policy import RankWish
 
 ADAPTER_HEADER = "x-lora-adapter"

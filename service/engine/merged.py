@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter
-from service.adapted import AdaptedModule, replaced_parameters, touched_modules
 from service.core import AdapterChoice, CacheStats
-from service.sites import Site
+from service.engine.adapted import AdaptedModule, replaced_parameters, touched_modules
+from service.engine.sites import Site
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter
-from service.sites import Site, SiteKind
+from service.engine.sites import Site, SiteKind
 
 _step: ContextVar["LoraStep | None"] = ContextVar("lora_step", default=None)
 

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass
 
 from service.core import Aborted, Event, Failed, Finished, TokenEvent
+from service.http.metrics import Metrics
 from service.log import logger, pairs
-from service.metrics import Metrics
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.config import AdapterKind
 from service.errors import InvalidRequest
-from service.registry import AdapterState, ServedAdapter
-from service.routes_common import TheServices, errors
-from service.uploads import receive_upload
+from service.http.registry import AdapterState, ServedAdapter
+from service.http.routes_common import TheServices, errors
+from service.http.uploads import receive_upload
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 

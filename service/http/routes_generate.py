@@ -6,14 +6,14 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service import answers
 from service.core import Mode, TokenEvent
-from service.disconnect import closing_on_disconnect
-from service.generation import Submitted, submit
-from service.routes_common import TheServices, errors
-from service.schemas import CompatRequest, GenerateRequest, GenerateResponse, StreamResponse
-from service.services import Services
-from service.stream import EventStream
+from service.http import answers
+from service.http.disconnect import closing_on_disconnect
+from service.http.generation import Submitted, submit
+from service.http.routes_common import TheServices, errors
+from service.http.schemas import CompatRequest, GenerateRequest, GenerateResponse, StreamResponse
+from service.http.services import Services
+from service.http.stream import EventStream
 
 router = APIRouter(tags=["generate"], responses=errors(404, 413, 422, 500, 503))
 

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from starlette.types import Receive
 
-from service.stream import EventStream
+from service.http.stream import EventStream
 
 
 @asynccontextmanager

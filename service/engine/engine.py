@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from adapters.adapter import Adapter
-from service.blocks import BlockPool
 from service.core import (
     Aborted,
     EngineObserver,
@@ -21,16 +20,17 @@ from service.core import (
     ModelFacts,
     StepReport,
 )
+from service.engine.blocks import BlockPool
+from service.engine.kv_cache import KVCache
+from service.engine.lora import LoraBank
+from service.engine.model import LoadedModel
+from service.engine.model_check import check_served_alike
+from service.engine.planner import Planner
+from service.engine.runner import Runner, pack
+from service.engine.scheduler import Batch, Scheduler, Sequence
+from service.engine.text import TextStream
+from service.engine.ticket import Ticket
 from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
-from service.kv_cache import KVCache
-from service.lora import LoraBank
-from service.model import LoadedModel
-from service.model_check import check_served_alike
-from service.planner import Planner
-from service.runner import Runner, pack
-from service.scheduler import Batch, Scheduler, Sequence
-from service.text import TextStream
-from service.ticket import Ticket
 
 log = logging.getLogger(__name__)
 

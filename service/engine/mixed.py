@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter
-from service.adapted import AdaptedModule, has_special_rows
 from service.core import AdapterChoice
-from service.sites import SiteKind
+from service.engine.adapted import AdaptedModule, has_special_rows
+from service.engine.sites import SiteKind
 
 
 class ActiveColumns:

@@ -5,12 +5,12 @@ import time
 import torch
 
 from adapters.adapter import Adapter
-from service.adapted import LoraStep
 from service.core import AdapterChoice, CacheStats, EngineObserver, Mode
-from service.lora import LoraBank
-from service.merged import MergedCache, MergedWeights, merge, merged_nbytes
-from service.runner import Rows
-from service.scheduler import Batch
+from service.engine.adapted import LoraStep
+from service.engine.lora import LoraBank
+from service.engine.merged import MergedCache, MergedWeights, merge, merged_nbytes
+from service.engine.runner import Rows
+from service.engine.scheduler import Batch
 
 
 class Planner:

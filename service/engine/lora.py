@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from adapters.adapter import Adapter
 from adapters.errors import InvalidAdapter
-from service.adapted import AdaptedModule, replaced_parameters, touched_modules
 from service.core import AdapterChoice
-from service.mixed import ActiveColumns, MixedStep
-from service.sites import Site, SiteKind, site_kind
+from service.engine.adapted import AdaptedModule, replaced_parameters, touched_modules
+from service.engine.mixed import ActiveColumns, MixedStep
+from service.engine.sites import Site, SiteKind, site_kind
 
 
 @dataclass(eq=False)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from service.core import ModelFacts
+from service.engine.kv_cache import ATTENTION, AttentionCall, LayerShape, UnsupportedAttention, attention_step
 from service.errors import ModelRefused
-from service.kv_cache import ATTENTION, AttentionCall, LayerShape, UnsupportedAttention, attention_step
 
 _DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies depend on the longest row of the batch: one request would change another's answer."""

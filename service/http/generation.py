@@ -8,13 +8,13 @@ from anyio import CapacityLimiter, to_thread
 
 from service.core import GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
+from service.http.registry import ServedAdapter
+from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
+from service.http.selection import Selection, select
+from service.http.services import Services
+from service.http.stream import EventStream
+from service.http.tracking import RequestTracker, TrackedRequest
 from service.rank_policy import RankDecision, decide
-from service.registry import ServedAdapter
-from service.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
-from service.selection import Selection, select
-from service.services import Services
-from service.stream import EventStream
-from service.tracking import RequestTracker, TrackedRequest
 
 _SUBMIT_TRIES = 3
 """How often a name is looked up again when its version was unloaded between look-up and submit."""

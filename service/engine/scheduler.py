@@ -3,8 +3,8 @@
 from collections import deque
 from dataclasses import dataclass, field
 
-from service.blocks import BlockPool, OutOfBlocks
 from service.core import AdapterChoice, GenerationRequest
+from service.engine.blocks import BlockPool, OutOfBlocks
 
 
 @dataclass(eq=False)

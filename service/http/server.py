@@ -8,8 +8,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.http.services import Services
 from service.log import logger, pairs
-from service.services import Services
 
 _CLOSE_CONNECTIONS_S = 5
 """How long connections may take to read the rest of their answers once nothing is generated any more."""

@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict
 
-from service.routes_common import TheServices, errors
+from service.http.routes_common import TheServices, errors
 from service.version import VERSION
 
 router = APIRouter(tags=["operations"])
@@ -90,7 +90,7 @@ def metrics(services: TheServices) -> Response:
 @lru_cache(maxsize=1)
 def _page() -> tuple[str, str]:
     """The page, and a policy that lets run its own script and style and nothing else."""
-    html = resources.files("service").joinpath("web/index.html").read_text(encoding="utf-8")
+    html = resources.files("service.http").joinpath("web/index.html").read_text(encoding="utf-8")
     sources = {}
     for tag in ("script", "style"):
         match = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)

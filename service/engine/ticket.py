@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from adapters.adapter import Adapter
 from service.core import EventSink, Finished, FinishReason, GenerationRequest, Mode, Token, TokenEvent, Usage
-from service.sampling import Chosen
-from service.scheduler import Sequence
-from service.text import StopMatcher, TextStream
+from service.engine.sampling import Chosen
+from service.engine.scheduler import Sequence
+from service.engine.text import StopMatcher, TextStream
 
 
 @dataclass(eq=False)

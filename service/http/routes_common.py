@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from service.schemas import ErrorResponse
-from service.services import Services
+from service.http.schemas import ErrorResponse
+from service.http.services import Services
 
 
 def _services(request: Request) -> Services:

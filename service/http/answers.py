@@ -3,11 +3,10 @@
 from collections.abc import AsyncIterator
 
 from service.core import Event, Failed, Finished, Mode, Token, TokenEvent
-from service.error_table import error_body
 from service.errors import ServiceError
-from service.generation import Submitted
-from service.rank_policy import RankReason
-from service.schemas import (
+from service.http.error_table import error_body
+from service.http.generation import Submitted
+from service.http.schemas import (
     Details,
     ErrorResponse,
     GenerateRequest,
@@ -16,6 +15,7 @@ from service.schemas import (
     StreamResponse,
     TokenOut,
 )
+from service.rank_policy import RankReason
 
 BASE = "base"
 """Adapter and version, in headers, of an answer by the base model alone."""

@@ -12,17 +12,17 @@ from starlette.requests import ClientDisconnect
 
 from adapters.errors import AdapterError
 from adapters.store.store import AdapterStore
-from service import routes_adapters, routes_generate, routes_ops
 from service.core import EngineProtocol
-from service.error_table import error_body, kind_of
 from service.errors import ServiceError
+from service.http import routes_adapters, routes_generate, routes_ops
+from service.http.error_table import error_body, kind_of
+from service.http.metrics import Metrics
+from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
+from service.http.registry import AdapterRegistry, ServedAdapter
+from service.http.services import Services
+from service.http.validation_text import describe
 from service.log import logger, pairs
-from service.metrics import Metrics
-from service.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
-from service.registry import AdapterRegistry, ServedAdapter
-from service.services import Services
 from service.settings import Settings
-from service.validation_text import describe
 from service.version import VERSION
 
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from service.schemas import CompatRequest, GenerateParameters
+from service.http.schemas import CompatRequest, GenerateParameters
 
 _MAX_VALUE_CHARACTERS = 80
 _KNOWN = tuple({**GenerateParameters.model_fields, **CompatRequest.model_fields})

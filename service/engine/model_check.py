@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from service.engine.kv_cache import ATTENTION, Span
+from service.engine.model import LoadedModel
+from service.engine.runner import Rows, Runner
 from service.errors import ModelRefused
-from service.kv_cache import ATTENTION, Span
-from service.model import LoadedModel
-from service.runner import Rows, Runner
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest accepted norm of the difference over the norm of the reference."""

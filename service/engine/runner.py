@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.adapted import LoraStep, lora_step
-from service.kv_cache import KVCache, Span, attention_step
-from service.model import LoadedModel
-from service.sampling import Chosen, Draw, choose
-from service.scheduler import Batch
+from service.engine.adapted import LoraStep, lora_step
+from service.engine.kv_cache import KVCache, Span, attention_step
+from service.engine.model import LoadedModel
+from service.engine.sampling import Chosen, Draw, choose
+from service.engine.scheduler import Batch
 
 
 @dataclass(frozen=True)

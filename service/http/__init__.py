@@ -1,0 +1,1 @@
+"""The interface: requests in, answers out, and everything that the engine need not know."""
