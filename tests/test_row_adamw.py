@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ def matrices(seed: int = 0) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((R_MAX, 7), (5, R_MAX), (3, 5), (3,))]
 
 
-def by_row(params: Sequence[torch.nn.Parameter], **settings: float) -> RowAdamW:
+def by_row(params: Sequence[torch.nn.Parameter], weight_decay: float = DECAY) -> RowAdamW:
     a, b, *rest = params
-    groups = [{"params": [a], "row_dim": 0}, {"params": [b], "row_dim": 1}, {"params": rest}]
-    return RowAdamW(groups, **{"lr": 0.01, "weight_decay": DECAY, **settings})
+    groups: list[dict[str, Any]] = [{"params": [a], "row_dim": 0}, {"params": [b], "row_dim": 1}, {"params": rest}]
+    return RowAdamW(groups, lr=0.01, weight_decay=weight_decay)
 
 
 def draw_gradients(params: Sequence[torch.Tensor], generator: torch.Generator) -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from adapters.adapter import Adapter
 from adapters.errors import InvalidAdapter, TrainingError
-from adapters.evaluation.evaluate import completion_loss
+from adapters.evaluation.loss import completion_loss
 from adapters.training.checkpoints import last_checkpoint
 from adapters.training.dylora import DyLoRAConfig, RankDistribution, UpdateRule
 from adapters.training.encoding import EncodedPair

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adapters.data import formats
 from adapters.data.example import Corpus, LabelledText, Task
 from adapters.errors import DataError, TrainingError
-from adapters.training.base_model import Base, Precision, load_base, token_limit
+from adapters.training.base_model import Base, Precision, load_base
 from adapters.training.chat import examples_of
 from adapters.training.checkpoints import last_checkpoint
 from adapters.training.dylora import DyLoRAConfig
@@ -23,12 +23,16 @@ from adapters.training.heads import is_classifier
 from adapters.training.rows import Rows, training_data
 from adapters.training.run_folder import CHECKPOINTS, RunFolder
 from adapters.training.settings import TrainSettings
+from adapters.training.token_limit import max_tokens
 from adapters.training.trainer import DyLoRATrainer, prepare, trained_adapter
 
 _LOG = logging.getLogger(__name__)
 
 _LOOK_BACK_ROWS = 256
 """How much of the training data is measured at the end, where there is none to evaluate on."""
+
+_NO_LIMIT = 1 << 20
+"""Tokens of an example where neither the model nor its tokenizer has a limit."""
 
 _MAY_CHANGE = frozenset(
     {"eval_steps", "eval_ranks", "save_steps", "logging_steps", "report_to", "disable_tqdm", "per_device_eval_batch_size"}
@@ -160,7 +164,8 @@ def _like(evaluation: Corpus, corpus: Corpus) -> Corpus:
 
 
 def _encoded(corpus: Corpus, base: Base, max_length: int | None) -> Rows:
-    limit = min(max_length or token_limit(base.model, base.tokenizer), token_limit(base.model, base.tokenizer))
+    limits = (max_length, max_tokens(base.model, base.tokenizer))
+    limit = min((limit for limit in limits if limit is not None), default=_NO_LIMIT)
     if corpus.task is Task.CLASSIFICATION:
         texts = [item for item in corpus.items if isinstance(item, LabelledText)]
         return encode_labelled(texts, base.tokenizer, limit)
