@@ -15,7 +15,7 @@ from adapters.adapter import Adapter
 from adapters.errors import InvalidAdapter, TrainingError
 from adapters.evaluation.loss import completion_loss
 from adapters.training.checkpoints import last_checkpoint
-from adapters.training.dylora import DyLoRAConfig, RankDistribution, UpdateRule
+from adapters.training.dylora import DyLoRAConfig, RankDistribution, RankPer, UpdateRule
 from adapters.training.encoding import EncodedPair
 from adapters.training.layer import factors, inject, nested_layers, set_rank
 from adapters.training.settings import OptimizerName, TrainSettings
@@ -65,6 +65,27 @@ def test_one_rank_is_drawn_per_optimiser_step_for_all_layers_and_micro_batches(t
     assert len({ranks[0] for ranks in steps}) > 1
 
 
+def test_rows_get_their_ranks_in_the_order_of_the_steps_batch_however_it_is_cut(tmp_path: Path) -> None:
+    config = replace(CONFIG, rank_per=RankPer.ROW)
+    seen: dict[int, list[list[int]]] = {}
+    for size in (2, 4):
+        model = tiny_model("llama")
+        paths = inject(model, config.adapter_config())
+        layer = model.get_submodule(paths[0])
+        seen[size] = []
+
+        def note(module: torch.nn.Module, _: object, batches: list[list[int]] = seen[size]) -> None:
+            assert isinstance(module.row_scales, torch.Tensor)
+            batches.append(module.row_scales.count_nonzero(dim=2).flatten().tolist())
+
+        layer.register_forward_pre_hook(note)
+        settings = replace(SETTINGS, max_steps=3, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        DyLoRATrainer(config, model, copying_pairs(), settings, tmp_path / str(size)).train()
+    flat = {size: [rank for batch in batches for rank in batch] for size, batches in seen.items()}
+    expected = [rank for step in range(3) for rank in config.draw_rows(SETTINGS.seed, step, 8)]
+    assert flat == {2: expected, 4: expected}
+
+
 def test_sandwich_runs_every_micro_batch_at_full_rank_and_at_the_drawn_one(tmp_path: Path) -> None:
     config = replace(CONFIG, sandwich=True)
     steps, layers = recorded(tmp_path, config, replace(SETTINGS, per_device_train_batch_size=2, gradient_accumulation_steps=2))
@@ -94,12 +115,12 @@ def test_a_checkpoint_holds_no_base_and_another_rank_refuses_it(tmp_path: Path) 
         run(tmp_path, DyLoRAConfig(r_max=2), resume=True)
 
 
-@pytest.mark.parametrize("sandwich", [False, True])
-def test_training_lowers_the_loss_at_rank_1_and_at_r_max_and_leaves_the_base(tmp_path: Path, sandwich: bool) -> None:
+@pytest.mark.parametrize("changes", [{}, {"sandwich": True}, {"rank_per": RankPer.ROW}])
+def test_training_lowers_the_loss_at_rank_1_and_at_r_max_and_leaves_the_base(tmp_path: Path, changes: dict[str, Any]) -> None:
     model, pairs = tiny_model("llama"), copying_pairs()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     base_loss = completion_loss(model, pairs)
-    config = replace(CONFIG, sandwich=sandwich)
+    config = replace(CONFIG, **changes)
     train_dylora(model, pairs, config, replace(SETTINGS, max_steps=60, per_device_train_batch_size=8), tmp_path)
     losses = []
     for rank in (1, CONFIG.r_max):

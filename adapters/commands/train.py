@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from adapters.commands.command import Command, option
 from adapters.errors import TrainingError
-from adapters.training.dylora import ALL_LINEAR, DyLoRAConfig, RankDistribution, UpdateRule
+from adapters.training.dylora import ALL_LINEAR, DyLoRAConfig, RankDistribution, RankPer, UpdateRule
 from adapters.training.settings import OptimizerName, ReportTo, SchedulerName, TrainSettings
 
 if TYPE_CHECKING:
@@ -64,10 +64,14 @@ class TrainOptions:
     ranks: tuple[int, ...] = option(
         "the ranks to train: a range like 1-16 or a list like 1,2,4,8,16 (default: 1 to r_max)", (), parse=parse_ranks
     )
-    rank_distribution: RankDistribution = option("how each step's rank is drawn", _DYLORA.distribution)
+    rank_distribution: RankDistribution = option("how ranks are drawn", _DYLORA.distribution)
     geometric_p: float = option("the p of --rank-distribution geometric", _DYLORA.geometric_p)
     rank_weights: tuple[float, ...] = option(
         "one weight for each rank, for --rank-distribution weights", _DYLORA.weights, parse=parse_weights
+    )
+    rank_per: RankPer = option(
+        "what a rank is drawn for: each step, as in the paper, or each row of its batch, which trains all ranks in every step",
+        _DYLORA.rank_per,
     )
     update_rule: UpdateRule = option(
         "what a step at rank b moves: rows 1 to b, or row b alone (which needs --optim row-adamw)", _DYLORA.update
@@ -126,6 +130,7 @@ class TrainOptions:
             distribution=self.rank_distribution,
             geometric_p=self.geometric_p,
             weights=self.rank_weights,
+            rank_per=self.rank_per,
             targets=self.target_modules,
             dropout=self.lora_dropout,
             update=self.update_rule,

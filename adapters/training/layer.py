@@ -27,7 +27,11 @@ class NestedLoRA(nn.Module):
     Attributes:
         rank: the selected rank, r_max at first.
         update: which rows of A and columns of B get a gradient at the selected rank.
+        row_scales: [rows, 1, r_max] where each row of the batch has a rank of its own: scale(b) in its first b columns,
+            0 in the others. None where all rows are at `rank`.
     """
+
+    row_scales: Tensor | None
 
     def __init__(self, base: nn.Linear | Conv1D, config: AdapterConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -41,14 +45,26 @@ class NestedLoRA(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.rank = config.r_max
         self.update = UpdateRule.FULL
+        self.row_scales = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [..., in] to [..., out] at the selected rank."""
-        a, b = self._selected()
+        """Map `x` [..., in] to [..., out] at the selected rank.
+
+        Where each row has its own, `x` is [rows, tokens, in], or [rows * tokens, in], row by row.
+
+        Raises:
+            InvalidAdapter: `x` is neither, so that it can't be told which row has which rank.
+        """
+        if self.row_scales is not None:
+            a, b, scale = self.lora_a, self.lora_b, 1.0
+        else:
+            a, b, scale = *self._selected(), self.config.scale(self.rank)
         low = functional.linear(self.dropout(x).to(a.dtype), a)  # [..., rank]
+        if self.row_scales is not None:
+            low = low * _spread(self.row_scales, low.shape)
         update = functional.linear(low, b)  # [..., out]
         out: Tensor = self.base(x)
-        return torch.add(out, update.to(out.dtype), alpha=self.config.scale(self.rank))
+        return torch.add(out, update.to(out.dtype), alpha=scale)
 
     def _selected(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] at the selected rank, what the update rule leaves alone cut off from gradients."""
@@ -57,6 +73,18 @@ class NestedLoRA(nn.Module):
         if not (first and self.training):
             return a, b
         return torch.cat((a[:first].detach(), a[first:])), torch.cat((b[:, :first].detach(), b[:, first:]), dim=1)
+
+
+def _spread(row_scales: Tensor, shape: torch.Size) -> Tensor:
+    """`row_scales` [rows, 1, r_max] in a form that fits `shape`: some models flatten rows and tokens into one dimension."""
+    rows = row_scales.shape[0]
+    if len(shape) == 3 and shape[0] == rows:
+        return row_scales
+    if len(shape) == 2 and shape[0] % rows == 0:
+        return row_scales.squeeze(1).repeat_interleave(shape[0] // rows, dim=0)  # [rows * tokens, r_max]
+    raise InvalidAdapter(
+        [f"a linear layer's input has the shape {tuple(shape[:-1])} for {rows} rows: train with one rank per step"]
+    )
 
 
 def inject(
@@ -130,7 +158,29 @@ def set_rank(model: nn.Module, rank: int) -> None:
     for layer in layers:
         layer.config.check_rank(rank)
     for layer in layers:
-        layer.rank = rank
+        layer.rank, layer.row_scales = rank, None
+
+
+def set_row_ranks(model: nn.Module, ranks: Sequence[int]) -> None:
+    """Select a rank for each row of the batch that follows, in every layer, until `set_rank` or this is called again.
+
+    Raises:
+        IllegalRank: the adapter does not have one of them; no layer is changed then.
+    """
+    layers = [layer for _, layer in nested_layers(model)]
+    made: dict[tuple[AdapterConfig, torch.device, torch.dtype], Tensor] = {}  # the layers of a model share one
+    for layer in layers:
+        a = layer.lora_a
+        key = (layer.config, a.device, a.dtype)
+        if key not in made:
+            made[key] = _row_scales(layer.config, ranks).to(a.device, a.dtype)
+    for layer in layers:
+        layer.row_scales = made[(layer.config, layer.lora_a.device, layer.lora_a.dtype)]
+
+
+def _row_scales(config: AdapterConfig, ranks: Sequence[int]) -> Tensor:
+    rows = [[config.scale(rank)] * rank + [0.0] * (config.r_max - rank) for rank in ranks]
+    return torch.tensor(rows, dtype=torch.float64).unsqueeze(1)  # [rows, 1, r_max]
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:

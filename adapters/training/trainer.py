@@ -16,10 +16,10 @@ from adapters.config import AdapterConfig
 from adapters.errors import TrainingError
 from adapters.training.arguments import training_arguments
 from adapters.training.checkpoints import COMPLETE_FILE, last_checkpoint, load_trained, save_trained, trained_tensors
-from adapters.training.dylora import DyLoRAConfig
+from adapters.training.dylora import DyLoRAConfig, RankPer
 from adapters.training.encoding import LikeLengths
 from adapters.training.heads import is_classifier, modules_to_train
-from adapters.training.layer import inject, nested_layers, read_adapter, set_rank
+from adapters.training.layer import inject, nested_layers, read_adapter, set_rank, set_row_ranks
 from adapters.training.optimizers import muon, row_adamw
 from adapters.training.row_adamw import RowAdamW
 from adapters.training.row_losses import row_losses
@@ -199,6 +199,7 @@ class DyLoRATrainer(PairTrainer):
         self._layers = [layer for _, layer in nested_layers(model)]
         self._rows: RowAdamW | None = None
         self._share = 1.0
+        self._micro_batch = (-1, 0)  # optimiser step, number within it
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As PairTrainer's; an optimiser by row is kept at hand, to be told the rows of each step."""
@@ -209,7 +210,15 @@ class DyLoRATrainer(PairTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run and differentiate the micro-batch once at each of the step's ranks; returns the mean loss."""
+        """Run and differentiate the micro-batch, once at each of the step's ranks unless its rows have their own.
+
+        Returns:
+            the mean loss.
+        """
+        if self._dylora.rank_per is RankPer.ROW:
+            set_row_ranks(self._module, self._ranks_of_rows(len(inputs["input_ids"])))
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
         # global_step moves once per optimiser step: every micro-batch of the step sees the same ranks.
         ranks = self._dylora.passes(self.args.seed, self.state.global_step)
         if self._rows is not None:
@@ -222,6 +231,15 @@ class DyLoRATrainer(PairTrainer):
             # Trainer's step goes backward too, while the rank still holds: gradient checkpointing runs forward again.
             losses.append(super().training_step(model, inputs, num_items_in_batch))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _ranks_of_rows(self, rows: int) -> tuple[int, ...]:
+        """The ranks of this micro-batch of this worker: its slice of what the step's whole batch has."""
+        step, size = self.state.global_step, self.args.per_device_train_batch_size
+        self._micro_batch = (step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0)
+        workers, accumulation = self.args.world_size, self.args.gradient_accumulation_steps
+        ranks = self._dylora.draw_rows(self.args.seed, step, size * workers * accumulation)
+        start = (self._micro_batch[1] * workers + self.args.process_index) * size  # batches go round the workers in turn
+        return ranks[start : start + rows]
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Trainer's loss: this pass's share of the step's."""
