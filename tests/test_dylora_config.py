@@ -71,7 +71,7 @@ def test_the_rows_of_a_step_depend_on_seed_and_step_alone_and_come_in_no_order()
     ("fields", "message"),
     [
         ({"geometric_p": 1.0}, "geometric_p must lie between 0 and 1"),
-        ({"sandwich": True, "rank_per": RankPer.ROW}, "give r_max more weight"),
+        ({"sandwich": True, "rank_per": RankPer.ROW}, "choose neither"),
         ({"dropout": 1.0}, "dropout must be"),
         ({"weights": (1.0,) * 8}, "weights are given, but distribution is not 'weights'"),
         ({"distribution": RankDistribution.WEIGHTS, "weights": (1.0,)}, "weights must be 8 numbers"),
