@@ -22,7 +22,6 @@ from adapters.demo import ARTIFACTS
 from adapters.demo.recipe import load_base
 from adapters.errors import AdapterError, DataError, IllegalRank, InvalidAdapter
 from adapters.evaluation.attach import AttachedAdapter
-from adapters.evaluation.base_model import max_tokens
 from adapters.evaluation.completions import LOSS, CompletionSet
 from adapters.evaluation.generation import Decoding, generate
 from adapters.evaluation.measurement import Measurement, measure
@@ -32,6 +31,7 @@ from adapters.evaluation.report_table import markdown_table, text_table
 from adapters.evaluation.text_metrics import BLEU
 from adapters.quality import QualityProfile
 from adapters.training.encoding import encode
+from adapters.training.token_limit import max_tokens
 from tests.checkpoints import edit_config
 from tests.e2e.tiny_server import write_adapter, write_model
 

@@ -6,7 +6,16 @@ import torch
 
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import IllegalRank, InvalidAdapter
-from adapters.training.layer import NestedLoRA, inject, nested_layers, read_adapter, set_rank, target_paths, write_adapter
+from adapters.training.layer import (
+    NestedLoRA,
+    inject,
+    nested_layers,
+    read_adapter,
+    set_rank,
+    set_row_ranks,
+    target_paths,
+    write_adapter,
+)
 from tests.tiny_models import LINEAR_TARGETS, TINY_KINDS, VOCAB, tiny_model
 
 R_MAX = 4
@@ -46,6 +55,41 @@ def test_rows_beyond_the_rank_get_no_gradient_and_the_base_none_at_all(rank: int
     assert layer.lora_a.grad.abs().sum(1).bool().tolist() == [row < rank for row in range(R_MAX)]
     assert layer.lora_b.grad.abs().sum(0).bool().tolist() == [column < rank for column in range(R_MAX)]
     assert layer.base.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_rows_of_one_batch_at_ranks_of_their_own_are_as_alone_forward_and_backward(kind: str, rslora: bool) -> None:
+    model = noisy(kind, replace(CONFIG, rslora=rslora)).double()
+    ranks, ids = (3, 1, 4, 1), torch.arange(48).reshape(4, 12) % VOCAB
+    set_row_ranks(model, ranks)
+    together = model(input_ids=ids).logits  # [rows, tokens, vocabulary]
+    together.square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    for row, rank in enumerate(ranks):
+        set_rank(model, rank)
+        alone = model(input_ids=ids[row : row + 1]).logits
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
+        alone.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_were_flattened_keep_their_ranks_and_what_cannot_be_told_apart_is_refused() -> None:
+    layer = NestedLoRA(torch.nn.Linear(7, 5), CONFIG)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 3, 7)
+    set_row_ranks(layer, (1, 4))
+    torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
+    for wrong in (torch.randn(3, 2, 7), torch.randn(3, 7)):
+        with pytest.raises(InvalidAdapter, match="one rank per step"):
+            layer(wrong)
+    with pytest.raises(IllegalRank):
+        set_row_ranks(layer, (1, 5))
+    set_rank(layer, 2)
+    layer(torch.randn(3, 7))  # one rank for all again
 
 
 @pytest.mark.parametrize("kind", TINY_KINDS)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -112,17 +111,6 @@ def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.devi
     model.to(device)
     shown = Path(name).resolve().name if Path(name).is_dir() else name
     return BaseModel(shown, model.train(False).requires_grad_(False), tokenizer, has_own_head=not absent)
-
-
-def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The longest input that both take; None where neither has a limit."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for path, module in model.named_modules():
-        # RoBERTa and its kin count positions from the padding's on.
-        if isinstance(positions, int) and path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
-    limits = [limit for limit in (positions, tokenizer.model_max_length) if isinstance(limit, int) and 0 < limit < 1 << 30]
-    return min(limits, default=None)
 
 
 def _check_classes(model: PreTrainedModel, adapter: Adapter, corpus: Corpus) -> None:

@@ -10,7 +10,7 @@ from adapters.data.example import Corpus, LabelledText, Task
 from adapters.data.formats import FORMATS
 from adapters.errors import AdapterError
 from adapters.evaluation.attach import AttachedAdapter
-from adapters.evaluation.base_model import BaseModel, max_tokens
+from adapters.evaluation.base_model import BaseModel
 from adapters.evaluation.completions import CompletionSet
 from adapters.evaluation.generation import GREEDY, Decoding, check_room
 from adapters.evaluation.label_metrics import LABEL_METRICS
@@ -21,6 +21,7 @@ from adapters.evaluation.report import Report, report_of
 from adapters.evaluation.text_metrics import TEXT_METRICS
 from adapters.training.chat import examples_of
 from adapters.training.encoding import encode_labelled
+from adapters.training.token_limit import max_tokens
 from adapters.training.trainer import padding_id
 
 

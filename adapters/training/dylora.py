@@ -1,5 +1,7 @@
 """What a DyLoRA run is asked for, and the rank that each of its steps trains."""
 
+import bisect
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +9,9 @@ from enum import StrEnum
 
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
-from adapters.training.layer import ALL_LINEAR
+
+ALL_LINEAR = "all-linear"
+"""Target every linear module but the output head."""
 
 
 class RankDistribution(StrEnum):
@@ -25,6 +29,22 @@ class UpdateRule(StrEnum):
 
     FULL = "full"
     """All of 1..b."""
+    FROZEN = "frozen"
+    """Only b itself; all others stay as they are, to the bit. Needs an optimiser that keeps to that: see `row_adamw`."""
+
+    def rows(self, rank: int) -> tuple[int, int]:
+        """Rows of A and columns of B, from the first up to but without the second, that a step at `rank` moves."""
+        return (rank - 1 if self is UpdateRule.FROZEN else 0), rank
+
+
+class RankPer(StrEnum):
+    """What has a rank of its own in training."""
+
+    STEP = "step"
+    """The optimiser step: one rank for all rows, as the paper has it."""
+    ROW = "row"
+    """Each row of the batch. Not in the paper: every step then trains all ranks, for the price of one pass, and a rank's
+    share of the rows is its probability rather than a matter of luck."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,8 @@ class DyLoRAConfig:
         r_max: rows of A and columns of B.
         alpha, rslora: scale alpha / b at rank b, or alpha / sqrt(b) with rslora.
         ranks: the ranks that are trained and legal afterwards; all of 1..r_max unless given.
-        distribution, geometric_p, weights: how each step's rank is drawn; `weights` has one entry per rank.
+        distribution, geometric_p, weights: how each rank is drawn; `weights` has one entry per rank.
+        rank_per: whether a rank is drawn for each optimiser step or for each row of its batch.
         targets: module path suffixes, or "all-linear".
         dropout: on the input of A, in training.
         update: which rows and columns a step moves.
@@ -50,6 +71,7 @@ class DyLoRAConfig:
     distribution: RankDistribution = RankDistribution.UNIFORM
     geometric_p: float = 0.15
     weights: tuple[float, ...] = ()
+    rank_per: RankPer = RankPer.STEP
     targets: tuple[str, ...] | str = ALL_LINEAR
     dropout: float = 0.0
     update: UpdateRule = UpdateRule.FULL
@@ -67,6 +89,10 @@ class DyLoRAConfig:
                 problems.append(f"weights must be {len(legal)} numbers, none negative, not all 0; one for each rank")
         elif self.weights:
             problems.append("weights are given, but distribution is not 'weights'")
+        if self.sandwich and self.update is UpdateRule.FROZEN:
+            problems.append("sandwich trains two ranks in a step, update 'frozen' one row: choose one of them")
+        if self.rank_per is RankPer.ROW and (self.sandwich or self.update is UpdateRule.FROZEN):
+            problems.append("sandwich and update 'frozen' are for one rank per step: with rank_per 'row' choose neither")
         if problems:
             raise InvalidAdapter(problems)
 
@@ -96,3 +122,17 @@ class DyLoRAConfig:
         """The ranks at which step `step` runs the model, once each."""
         drawn = self.draw(seed, step)
         return tuple(dict.fromkeys((self.r_max, drawn))) if self.sandwich else (drawn,)
+
+    def draw_rows(self, seed: int, step: int, rows: int) -> tuple[int, ...]:
+        """The rank of each row of optimiser step `step`, whose batch has `rows` rows over all micro-batches and workers.
+
+        Systematic sampling: how often a rank comes up is its probability times `rows`, rounded up or down, and right on
+        average over steps. Like `draw` a function of its arguments alone.
+        """
+        rng = random.Random(f"dylora rows {seed} {step}")
+        shares = list(itertools.accumulate(self.rank_weights()))
+        start = rng.random()
+        points = [(start + i) / rows * shares[-1] for i in range(rows)]
+        ranks = [self.adapter_config().ranks[bisect.bisect_right(shares[:-1], point)] for point in points]
+        rng.shuffle(ranks)
+        return tuple(ranks)

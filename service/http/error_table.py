@@ -50,6 +50,7 @@ ERROR_TABLE: dict[type[Exception], ErrorKind] = {
     adapter_errors.StoreFull: ErrorKind(507, "store_full"),
     adapter_errors.IllegalRank: ErrorKind(422, "validation"),
     adapter_errors.DataError: ErrorKind(422, "invalid_data"),
+    adapter_errors.TrainingError: ErrorKind(500, "training"),
 }
 
 
