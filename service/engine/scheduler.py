@@ -19,6 +19,7 @@ class Sequence:
         blocks: the cache blocks held, in order of position.
         digests: of the first full blocks of `tokens`, as far as they were needed; they stay right as tokens are added.
         preemptions: how often its cache was given up and computed again.
+        prompt_logprobs: of the prompt's tokens from the second on, as far as they are known; empty unless asked for.
     """
 
     request: GenerationRequest
@@ -27,6 +28,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     preemptions: int = 0
+    prompt_logprobs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
