@@ -125,13 +125,22 @@ class GenerationRequest:
     adapter: AdapterChoice | None = None
 
 
-class ScoredToken(NamedTuple):
-    """A token that could have been chosen, or one of the prompt.
+class Alternative(NamedTuple):
+    """A token that could have been chosen.
 
     Attributes:
         text: of this token by itself; bytes that are only a part of a character become replacement characters.
-        logprob: as `Token.logprob`; None for the first token of a prompt, which follows nothing.
+        logprob, special: as `Token` has them.
     """
+
+    id: int
+    text: str
+    logprob: float
+    special: bool = False
+
+
+class PromptToken(NamedTuple):
+    """A token of the prompt, as `Alternative`. `logprob` is None for the first one, which follows nothing."""
 
     id: int
     text: str
@@ -154,7 +163,7 @@ class Token:
     text: str
     logprob: float
     special: bool = False
-    alternatives: tuple[ScoredToken, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ class Finished:
     text: str
     mode: Mode
     usage: Usage
-    prompt: tuple[ScoredToken, ...] = ()
+    prompt: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True)

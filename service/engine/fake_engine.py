@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from adapters.errors import InvalidAdapter
 from service.core import (
     Aborted,
+    Alternative,
     CacheStats,
     EngineObserver,
     EngineStats,
@@ -28,7 +29,7 @@ from service.core import (
     GenerationRequest,
     Mode,
     ModelFacts,
-    ScoredToken,
+    PromptToken,
     StepReport,
     Token,
     TokenEvent,
@@ -279,7 +280,7 @@ class FakeEngine:
         if self._eos_after == index and not request.sampling.ignore_eos:
             return Token(EOS_ID, "", -0.5, special=True)
         choice = request.adapter
-        alternatives = tuple(ScoredToken(i, f" {WORDS[i % len(WORDS)]}", -i / 4) for i in range(request.sampling.alternatives))
+        alternatives = tuple(Alternative(i, f" {WORDS[i % len(WORDS)]}", -i / 4) for i in range(request.sampling.alternatives))
         seed = request.sampling.seed if request.sampling.do_sample else None
         key = (request.prompt_ids, choice and (choice.version, choice.rank), seed, index)
         digest = hashlib.sha256(repr(key).encode()).digest()
@@ -304,10 +305,10 @@ def _finish_reason(each: _Running, token: Token) -> FinishReason | None:
     return None
 
 
-def _prompt(request: GenerationRequest) -> tuple[ScoredToken, ...]:
+def _prompt(request: GenerationRequest) -> tuple[PromptToken, ...]:
     if not request.sampling.prompt_logprobs:
         return ()
-    return tuple(ScoredToken(byte, chr(byte), -byte / 64 if i else None) for i, byte in enumerate(request.prompt_ids))
+    return tuple(PromptToken(byte, chr(byte), -byte / 64 if i else None) for i, byte in enumerate(request.prompt_ids))
 
 
 def _usage(each: _Running) -> Usage:

@@ -44,6 +44,14 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def first_needed(self) -> int:
+        """The first token whose logits are needed: the last, or one before it whose successor's probability is asked for."""
+        last_of_prompt = len(self.request.prompt_ids) - 1
+        if self.request.sampling.prompt_logprobs and len(self.prompt_logprobs) < last_of_prompt:
+            return len(self.prompt_logprobs)
+        return len(self.tokens) - 1
+
+    @property
     def adapter(self) -> AdapterChoice | None:
         """The adapter and rank it runs with."""
         return self.request.adapter
@@ -247,7 +255,7 @@ class Scheduler:
     def _share_prefix(self, sequence: Sequence) -> list[int]:
         if self._prefix_hash is None:
             return []
-        most = (len(sequence.tokens) - 1) // self._pool.block_tokens  # the last token must run: its logits are needed
+        most = sequence.first_needed // self._pool.block_tokens
         self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.adapter, blocks=most)
         return self._pool.share(sequence.digests[:most])
 

@@ -4,7 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from adapters.adapter import Adapter
-from service.core import EventSink, Finished, FinishReason, GenerationRequest, Mode, ScoredToken, Token, TokenEvent, Usage
+from service.core import (
+    Alternative,
+    EventSink,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Mode,
+    PromptToken,
+    Token,
+    TokenEvent,
+    Usage,
+)
 from service.engine.sampling import Chosen
 from service.engine.scheduler import Sequence
 from service.engine.stops import AnswerText
@@ -54,7 +65,8 @@ class Ticket:
             self.first_token = now
         text, reason = self._extend(chosen.token_id)
         is_special = chosen.token_id in self.vocabulary.special_ids
-        token = Token(chosen.token_id, text, chosen.logprob, is_special, self._scored(chosen.alternatives))
+        alternatives = tuple(self._alternative(*pair) for pair in chosen.alternatives)
+        token = Token(chosen.token_id, text, chosen.logprob, is_special, alternatives)
         yield TokenEvent(self.request.request_id, token, mode, is_last=reason is not None)
         if reason is not None:
             answer, usage = self._answer.text, self._usage(now)
@@ -79,16 +91,16 @@ class Ticket:
             return text, FinishReason.STOP_SEQUENCE
         return (text if reason is None else text + self._answer.flush()), reason
 
-    def _scored(self, tokens: tuple[tuple[int, float], ...]) -> tuple[ScoredToken, ...]:
-        return tuple(ScoredToken(token, self.vocabulary.text_of(token), logprob) for token, logprob in tokens)
+    def _alternative(self, token_id: int, logprob: float) -> Alternative:
+        is_special = token_id in self.vocabulary.special_ids
+        return Alternative(token_id, self.vocabulary.text_of(token_id), logprob, is_special)
 
-    def _prompt(self) -> tuple[ScoredToken, ...]:
+    def _prompt(self) -> tuple[PromptToken, ...]:
         """The prompt's tokens with their log-probabilities, if they were asked for."""
         if not self.request.sampling.prompt_logprobs:
             return ()
-        logprobs = [None, *self.sequence.prompt_logprobs]
-        pairs = zip(self.request.prompt_ids, logprobs, strict=True)
-        return tuple(ScoredToken(token, self.vocabulary.text_of(token), logprob) for token, logprob in pairs)
+        pairs = zip(self.request.prompt_ids, [None, *self.sequence.prompt_logprobs], strict=True)
+        return tuple(PromptToken(token, self.vocabulary.text_of(token), logprob) for token, logprob in pairs)
 
     def _mode(self) -> Mode:
         return next(iter(self.modes)) if len(self.modes) == 1 else Mode.MIXED

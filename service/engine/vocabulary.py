@@ -85,7 +85,9 @@ class Vocabulary:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.special_ids = frozenset(tokenizer.all_special_ids)
+        # Those with a role (beginning, end, ...) and those that the vocabulary marks as special: no text has either.
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special_ids = frozenset([*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)])
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
         backend = getattr(tokenizer, "backend_tokenizer", None)
