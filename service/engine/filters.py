@@ -88,16 +88,18 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
 def highest_ids(logits: Tensor, count: int) -> Tensor:
     """The ids of each row's highest logits, highest first, the lowest id among equals; [rows, count].
 
-    `topk` leaves it open which of equal values it takes. Its keys here are all different: the bits of a float, read as an
-    integer that sorts alike, and below them the token's place from the end.
+    `topk` alone leaves it open which of equal logits it takes, and may decide by what else is in the batch.
 
     Args:
-        logits: [rows, vocabulary], float32.
+        logits: [rows, vocabulary].
         count: how many; no more than the vocabulary are given.
     """
-    vocabulary = logits.shape[-1]
-    bits = logits.contiguous().view(torch.int32)
-    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = (ascending << 32) + torch.arange(vocabulary - 1, -1, -1, device=logits.device)
-    highest = keys.topk(min(count, vocabulary), dim=-1).values
-    return vocabulary - 1 - (highest & 0xFFFFFFFF)
+    count = min(count, logits.shape[-1])
+    lowest = logits.topk(count, dim=-1).values[:, -1:]
+    # By row and id; at least `count` a row, also where a NaN compares with nothing.
+    rows, ids = (~(logits < lowest)).nonzero(as_tuple=True)
+    order = logits[rows, ids].argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    sizes = rows.bincount(minlength=logits.shape[0])
+    first = sizes.cumsum(0) - sizes  # [rows]
+    return ids[order[first[:, None] + torch.arange(count, device=logits.device)]]

@@ -91,12 +91,13 @@ class Sampler:
             return
         counts = self._counts
         counts.update(plan.counted_sequences, scores.shape[-1], scores.device)
-        counted = scores[plan.counted]
-        repeated = torch.where(counted < 0, counted * plan.repetition, counted / plan.repetition)
-        counted = torch.where(counts.is_known, repeated, counted)
-        counted -= plan.frequency * counts.in_answer
-        counted -= plan.presence * (counts.in_answer > 0)
-        scores[plan.counted] = counted
+        rows, ids = counts.is_known.nonzero(as_tuple=True)  # [occurring], few beside the vocabulary
+        values = scores[plan.counted[rows], ids]
+        repetition = plan.repetition[rows]
+        values = torch.where(values < 0, values * repetition, values / repetition)
+        times = counts.in_answer[rows, ids]
+        values -= plan.frequency[rows] * times + plan.presence[rows] * (times > 0)
+        scores[plan.counted[rows], ids] = values
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ class _Plan:
     sequences: tuple[Sequence, ...] = ()  # of the shaped rows
     counted: Tensor | None = None  # [counted], rows with penalties
     counted_sequences: tuple[Sequence, ...] = ()
-    repetition: Tensor = _NONE  # [counted, 1]
-    presence: Tensor = _NONE  # [counted, 1]
-    frequency: Tensor = _NONE  # [counted, 1]
+    repetition: Tensor = _NONE  # [counted]
+    presence: Tensor = _NONE  # [counted]
+    frequency: Tensor = _NONE  # [counted]
     bias: _Entries | None = None
     endings: _Entries | None = None  # tokens that must not be chosen before `values` tokens are generated
     sampled: Tensor | None = None  # [sampled]
@@ -156,7 +157,7 @@ class _Plan:
         drawn = [params[row] for row in sampled]
 
         def penalty(read: Callable[[SamplingParams], float]) -> Tensor:
-            return torch.tensor([read(params[row]) for row in counted], device=device)[:, None]
+            return torch.tensor([read(params[row]) for row in counted], device=device)
 
         def column(read: Callable[[SamplingParams], float | None], neutral: float | None) -> _Column | None:
             used = [(row, value) for row, each in enumerate(drawn) if (value := read(each)) != neutral]
