@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 
 if TYPE_CHECKING:
     from adapters.adapter import Adapter
@@ -30,31 +30,68 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     EOS_TOKEN = "eos_token"
     STOP_SEQUENCE = "stop_sequence"
+    """A stop text or a stop token."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. Greedy unless `do_sample`.
 
+    Penalties, bias and `min_new_tokens` act on greedy requests too. They come first, in the order of the fields below;
+    then temperature, top_k, top_p, min_p and typical_p, each on what the one before it has left, as in transformers.
+
     Attributes:
         max_new_tokens: at least 1.
+        min_new_tokens: before that many tokens none that ends the generation is chosen, and no stop text ends it.
+        repetition_penalty: divides the positive and multiplies the negative logits of the tokens that occur in prompt or
+            answer (Keskar et al., arXiv 1909.05858); above 0, 1 is neutral.
+        presence_penalty: taken from the logits of the tokens that occur in the answer, as OpenAI defines it.
+        frequency_penalty: taken from them once for each time that they occur.
+        logit_bias: (token id, added to its logit); no id twice, all inside the vocabulary.
         do_sample: draw from the distribution instead of taking its maximum.
         temperature: divides the logits; above 0.
-        top_k: keep the k most probable tokens; None keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches p; in (0, 1].
+        top_k: keep the k most probable tokens, and those as probable as the last of them; None keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches p (Holtzman et al., arXiv 1904.09751); in (0, 1].
+        min_p: keep the tokens at least this fraction as probable as the most probable one (Nguyen et al., arXiv
+            2407.01082); in [0, 1].
+        typical_p: keep the tokens whose information is nearest the expected one, until their probability reaches p
+            (Meister et al., arXiv 2202.00666); in (0, 1].
         seed: the same seed gives the same text, whatever else is in the batch.
-        stop: generation ends after any of these texts; the text is kept in the answer, as TGI and LoRAX do.
+        stop: generation ends after any of these texts.
+        stop_token_ids: generation ends after any of these tokens.
+        include_stop: the stop text, or the text of the stop token, is part of the answer, as TGI and LoRAX have it. Without,
+            no part of it is ever told, also while only its beginning has been generated.
         ignore_eos: go on after the end-of-sequence token.
+        alternatives: how many of the most probable tokens to tell with every token.
+        prompt_logprobs: tell the log-probability of every token of the prompt.
     """
 
     max_new_tokens: int = 20
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = True
     ignore_eos: bool = False
+    alternatives: int = 0
+    prompt_logprobs: bool = False
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise InvalidRequest for a token id that the model does not have."""
+        for name, ids in (("logit_bias", dict(self.logit_bias)), ("stop_token_ids", self.stop_token_ids)):
+            unknown = [token for token in ids if not 0 <= token < vocab_size]
+            if unknown:
+                raise InvalidRequest(name, f"no token has id {unknown[0]}; legal: 0 to {vocab_size - 1}")
 
 
 @dataclass(frozen=True)
@@ -88,21 +125,45 @@ class GenerationRequest:
     adapter: AdapterChoice | None = None
 
 
-@dataclass(frozen=True)
-class Token:
-    """One generated token.
+class Alternative(NamedTuple):
+    """A token that could have been chosen.
 
     Attributes:
-        text: what this token adds to the text. "" while a multi-byte character is incomplete; the token that completes
-            it carries all of it. The texts of all tokens joined are the whole generated text.
-        logprob: natural logarithm of its probability under the model, before temperature and filters.
-        special: an end-of-sequence or other control token, which is not part of the text.
+        text: of this token by itself; bytes that are only a part of a character become replacement characters.
+        logprob, special: as `Token` has them.
     """
 
     id: int
     text: str
     logprob: float
     special: bool = False
+
+
+class PromptToken(NamedTuple):
+    """A token of the prompt, as `Alternative`. `logprob` is None for the first one, which follows nothing."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        text: what this token adds to the text. "" while a multi-byte character, or what may become an excluded stop text, is
+            incomplete; the token that completes it carries all of it. The texts of all tokens joined are the answer.
+        logprob: natural logarithm of its probability under the model, before penalties, bias, temperature and filters.
+        special: an end-of-sequence or other control token, which is not part of the text.
+        alternatives: the most probable tokens in its place, most probable first; as many as `SamplingParams.alternatives`.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    special: bool = False
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,18 +179,20 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token was generated."""
+    """A token was generated. If it `is_last`, the next event is Finished."""
 
     request_id: str
     token: Token
     mode: Mode
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
 class Finished:
     """Terminal: the generation is complete.
 
-    `mode` is base without adapter, merged if every step that made a token ran merged, else mixed.
+    `mode` is base without adapter, merged if every step that made a token ran merged, else mixed. `prompt` holds the
+    prompt's tokens if `SamplingParams.prompt_logprobs` asked for them.
     """
 
     request_id: str
@@ -137,6 +200,7 @@ class Finished:
     text: str
     mode: Mode
     usage: Usage
+    prompt: tuple[PromptToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -276,7 +340,7 @@ class EngineProtocol(Protocol):
         Raises:
             QueueFull, Draining: the request was not taken.
             UnknownAdapter: its version is not loaded.
-            InvalidRequest: it does not fit the model's context.
+            InvalidRequest: it does not fit the model's context, or names a token that the model does not have.
         """
 
     def abort(self, request_id: str) -> None:

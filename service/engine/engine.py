@@ -29,8 +29,8 @@ from service.engine.model_check import check_served_alike
 from service.engine.planner import Planner
 from service.engine.runner import Runner, pack
 from service.engine.scheduler import Batch, Scheduler, Sequence
-from service.engine.text import TextStream
 from service.engine.ticket import Ticket
+from service.engine.vocabulary import Vocabulary
 from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Engine:
             device=device,
         )
         self._runner = Runner(loaded, cache)
+        self._vocabulary = Vocabulary(loaded.tokenizer)
         check_served_alike(loaded, self._runner, block_tokens=options.kv_block_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._scheduler = Scheduler(
@@ -183,7 +184,6 @@ class Engine:
         """
         self._check(request)
         sequence = Sequence(request)
-        stream = TextStream(self._loaded.tokenizer, request.prompt_ids)
         eos_ids = frozenset() if request.sampling.ignore_eos else self._loaded.eos_ids
         with self._lock:
             if self._is_draining:
@@ -199,7 +199,7 @@ class Engine:
                     raise UnknownAdapter(request.adapter.version)
                 adapter.config.check_rank(request.adapter.rank)
             self._live[request.request_id] = sequence
-            ticket = Ticket(sequence, sink, adapter, stream, eos_ids, time.monotonic())
+            ticket = Ticket(sequence, sink, adapter, self._vocabulary, eos_ids, time.monotonic())
             self._inbox.put(lambda: self._accept(ticket))
 
     def abort(self, request_id: str) -> None:
@@ -243,6 +243,7 @@ class Engine:
                 f"{len(request.prompt_ids)} prompt tokens + {request.sampling.max_new_tokens} new tokens = {asked}"
                 f" exceed the context of {limit} tokens",
             )
+        request.sampling.check_token_ids(self._facts.vocab_size)
 
     # -- the engine's thread ----------------------------------------------------------------------------------------
 

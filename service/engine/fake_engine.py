@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from adapters.errors import InvalidAdapter
 from service.core import (
     Aborted,
+    Alternative,
     CacheStats,
     EngineObserver,
     EngineStats,
@@ -28,11 +29,13 @@ from service.core import (
     GenerationRequest,
     Mode,
     ModelFacts,
+    PromptToken,
     StepReport,
     Token,
     TokenEvent,
     Usage,
 )
+from service.engine.stops import AnswerText
 from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
 
 if TYPE_CHECKING:
@@ -48,8 +51,12 @@ class _Running:
     sink: EventSink
     submitted_at: float
     first_token_at: float | None = None
-    texts: list[str] = field(default_factory=list)
+    tokens: int = 0
     modes: set[Mode] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        self.answer = AnswerText(sampling.stop, include_stop=sampling.include_stop)
 
 
 class FakeEngine:
@@ -144,6 +151,7 @@ class FakeEngine:
                 raise UnknownAdapter(request.adapter.version)
             if len(request.prompt_ids) + request.sampling.max_new_tokens > self._model.max_context_tokens:
                 raise InvalidRequest("inputs", "prompt and max_new_tokens exceed the context")
+            request.sampling.check_token_ids(self._model.vocab_size)
             if len(self._requests) >= self._max_running + self._max_waiting:
                 raise QueueFull(self._max_waiting)
             self.submitted.append(request)
@@ -253,26 +261,30 @@ class FakeEngine:
             del self._requests[key]
             return [Failed(key, EngineFailed(self._failures.pop(0)))]
         mode = Mode.BASE if request.adapter is None else mode
-        token = self._token(request, len(each.texts))
-        each.texts.append(token.text)
+        token = self._token(request, each.tokens)
+        each.tokens += 1
         each.modes.add(mode)
         each.first_token_at = each.first_token_at or time.perf_counter()
-        events: list[Event] = [TokenEvent(key, token, mode)]
-        reason = _finish_reason(request, each.texts, token)
+        text, is_stopped = each.answer.push(token.text)
+        reason = FinishReason.STOP_SEQUENCE if is_stopped else _finish_reason(each, token)
+        if reason is not None and not is_stopped:
+            text += each.answer.flush()
+        events: list[Event] = [TokenEvent(key, replace(token, text=text), mode, is_last=reason is not None)]
         if reason is not None:
             del self._requests[key]
             final = next(iter(each.modes)) if len(each.modes) == 1 else Mode.MIXED
-            events.append(Finished(key, reason, "".join(each.texts), final, _usage(each)))
+            events.append(Finished(key, reason, each.answer.text, final, _usage(each), _prompt(request)))
         return events
 
     def _token(self, request: GenerationRequest, index: int) -> Token:
         if self._eos_after == index and not request.sampling.ignore_eos:
             return Token(EOS_ID, "", -0.5, special=True)
         choice = request.adapter
+        alternatives = tuple(Alternative(i, f" {WORDS[i % len(WORDS)]}", -i / 4) for i in range(request.sampling.alternatives))
         seed = request.sampling.seed if request.sampling.do_sample else None
         key = (request.prompt_ids, choice and (choice.version, choice.rank), seed, index)
         digest = hashlib.sha256(repr(key).encode()).digest()
-        return Token(digest[0], " " + WORDS[digest[1] % len(WORDS)], -digest[2] / 64)
+        return Token(digest[0], " " + WORDS[digest[1] % len(WORDS)], -digest[2] / 64, alternatives=alternatives)
 
 
 def _mode_of(active: list[_Running]) -> Mode:
@@ -282,18 +294,24 @@ def _mode_of(active: list[_Running]) -> Mode:
     return Mode.MERGED if len(choices) == 1 else Mode.MIXED
 
 
-def _finish_reason(request: GenerationRequest, texts: list[str], token: Token) -> FinishReason | None:
-    text = "".join(texts)
+def _finish_reason(each: _Running, token: Token) -> FinishReason | None:
+    sampling = each.request.sampling
     if token.special:
         return FinishReason.EOS_TOKEN
-    if any(stop in text for stop in request.sampling.stop):
+    if token.id in sampling.stop_token_ids:
         return FinishReason.STOP_SEQUENCE
-    if len(texts) >= request.sampling.max_new_tokens:
+    if each.tokens >= sampling.max_new_tokens:
         return FinishReason.LENGTH
     return None
+
+
+def _prompt(request: GenerationRequest) -> tuple[PromptToken, ...]:
+    if not request.sampling.prompt_logprobs:
+        return ()
+    return tuple(PromptToken(byte, chr(byte), -byte / 64 if i else None) for i, byte in enumerate(request.prompt_ids))
 
 
 def _usage(each: _Running) -> Usage:
     now = time.perf_counter()
     first = each.first_token_at or now
-    return Usage(len(each.request.prompt_ids), len(each.texts), 0.0, first - each.submitted_at, now - each.submitted_at)
+    return Usage(len(each.request.prompt_ids), each.tokens, 0.0, first - each.submitted_at, now - each.submitted_at)

@@ -8,8 +8,8 @@ from torch import Tensor
 from service.engine.adapted import LoraStep, lora_step
 from service.engine.kv_cache import KVCache, Span, attention_step
 from service.engine.model import LoadedModel
-from service.engine.sampling import Chosen, Draw, choose
-from service.engine.scheduler import Batch
+from service.engine.sampling import Chosen, Sampler
+from service.engine.scheduler import Batch, Chunk, Sequence
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,27 @@ class Rows:
     position_ids: Tensor  # [1, rows]
     sampled: Tensor  # [sampled], ascending indices of the rows whose next token is chosen
     spans: tuple[Span, ...]
+    scored: tuple["Scored", ...] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Consecutive rows of one sequence whose next tokens stand in its prompt and want their log-probabilities."""
+
+    sequence: Sequence
+    rows: range
+    next_ids: list[int]
+
+    @classmethod
+    def of(cls, chunk: Chunk, first_row: int) -> "Scored | None":
+        """Those of a chunk that were not scored before it was preempted, if any."""
+        sequence = chunk.sequence
+        begin = max(chunk.start, len(sequence.prompt_logprobs))
+        end = min(chunk.end, len(sequence.request.prompt_ids) - 1)
+        if not sequence.request.sampling.prompt_logprobs or begin >= end:
+            return None
+        rows = range(first_row + begin - chunk.start, first_row + end - chunk.start)
+        return cls(sequence, rows, sequence.tokens[begin + 1 : end + 1])
 
 
 def pack(batch: Batch, device: torch.device) -> Rows:
@@ -27,7 +48,10 @@ def pack(batch: Batch, device: torch.device) -> Rows:
     ids: list[int] = []
     positions: list[int] = []
     sampled: list[int] = []
+    scored: list[Scored] = []
     for chunk in batch.chunks:
+        if (asked := Scored.of(chunk, len(ids))) is not None:
+            scored.append(asked)
         ids += chunk.sequence.tokens[chunk.start : chunk.end]
         positions += range(chunk.start, chunk.end)
         if chunk.samples:
@@ -37,6 +61,7 @@ def pack(batch: Batch, device: torch.device) -> Rows:
         position_ids=torch.tensor([positions], device=device),
         sampled=torch.tensor(sampled, dtype=torch.long, device=device),
         spans=tuple(Span(chunk.start, chunk.length, chunk.sequence.blocks) for chunk in batch.chunks),
+        scored=tuple(scored),
     )
 
 
@@ -46,16 +71,24 @@ class Runner:
     def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
         self._model = loaded.model
         self._cache = cache
+        self._sampler = Sampler(loaded.eos_ids)
         self.device = loaded.model.device
 
     def logits(self, rows: Rows, step: LoraStep | None) -> Tensor:
-        """Logits of the sampled rows, [sampled, vocabulary]; writes the rows' keys and values to the cache."""
+        """Logits of the sampled rows and then of the scored ones, [sampled + scored, vocabulary].
+
+        Writes the rows' keys and values to the cache.
+        """
+        kept = rows.sampled
+        if rows.scored:
+            scored = [row for each in rows.scored for row in each.rows]
+            kept = torch.cat([kept, torch.tensor(scored, device=self.device)])
         with torch.inference_mode(), attention_step(self._cache.plan(rows.spans)), lora_step(step):
             output = self._model(
                 input_ids=rows.input_ids,
                 position_ids=rows.position_ids,
                 use_cache=False,
-                logits_to_keep=rows.sampled,
+                logits_to_keep=kept,
             )
         logits: Tensor = output.logits[0]
         return logits
@@ -63,4 +96,17 @@ class Runner:
     def run(self, batch: Batch, rows: Rows, step: LoraStep | None) -> list[Chosen]:
         """Run a step and choose the next token of every chunk that samples, in the batch's order."""
         sequences = [chunk.sequence for chunk in batch.chunks if chunk.samples]
-        return choose(self.logits(rows, step), [Draw(each.request.sampling, each.generated) for each in sequences])
+        logits = self.logits(rows, step)
+        _score(rows.scored, logits[len(sequences) :])
+        return self._sampler.choose(logits[: len(sequences)], sequences)
+
+
+def _score(scored: tuple[Scored, ...], logits: Tensor) -> None:
+    """Hand every sequence the log-probabilities of its scored rows. `logits` is [scored, vocabulary]."""
+    if not scored:
+        return
+    next_ids = torch.tensor([token for each in scored for token in each.next_ids], device=logits.device)
+    logprobs = (logits.gather(1, next_ids[:, None]).squeeze(1).float() - logits.float().logsumexp(-1)).tolist()
+    for each in scored:
+        each.sequence.prompt_logprobs += logprobs[: len(each.rows)]
+        del logprobs[: len(each.rows)]

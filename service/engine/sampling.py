@@ -1,87 +1,235 @@
 """From logits to tokens, for all rows of a step at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from service.core import SamplingParams
-
-_MASK64 = (1 << 64) - 1
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What one row needs to have its next token chosen."""
-
-    params: SamplingParams
-    index: int
-    """Number of tokens generated before this one."""
+from service.engine.filters import draw, highest_ids, keep_min_p, keep_top_k, keep_top_p, keep_typical
+from service.engine.random_numbers import as_int64, uniform_numbers
+from service.engine.scheduler import Sequence
+from service.engine.token_counts import TokenCounts
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A chosen token and its log-probability under the model."""
+    """A chosen token.
+
+    Attributes:
+        logprob: under the model, before penalties, bias, temperature and filters.
+        alternatives: the most probable tokens with theirs, most probable first.
+    """
 
     token_id: int
     logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
-def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Chosen]:
-    """Choose each row's next token.
+class Sampler:
+    """Chooses the next tokens of a step's rows.
+
+    What follows from the parameters alone is laid out once, and kept while the same sequences run. Rows that are greedy and
+    ask for nothing else cost one argmax, whatever their neighbours do.
 
     Args:
-        logits: [rows, vocabulary].
-        draws: one per row.
-
-    Greedy rows take the maximum, the lowest id among equals. Sampled rows divide by the temperature, keep the top k, then
-    the smallest set whose probability reaches top p (Holtzman et al., arXiv 1904.09751), and invert the cumulative
-    distribution at a number that depends on the row's seed and position alone.
+        eos_ids: tokens that end a generation, unless it ignores them.
     """
-    logits = logits.float()
-    ids = logits.argmax(-1)  # [rows]
-    sampled = [row for row, draw in enumerate(draws) if draw.params.do_sample]
-    if sampled:
-        ids[sampled] = _sample(logits[sampled], [draws[row] for row in sampled])
-    logprobs = logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)  # [rows]
-    return [Chosen(token, logprob) for token, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True)]
+
+    def __init__(self, eos_ids: frozenset[int] = frozenset()) -> None:
+        self._eos_ids = eos_ids
+        self._sequences: tuple[Sequence, ...] = ()
+        self._plan = _Plan()
+        self._counts = TokenCounts()
+
+    def choose(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Chosen]:
+        """Choose each row's next token. Greedy rows take the maximum, the lowest id among equals.
+
+        Args:
+            logits: [rows, vocabulary].
+            sequences: one per row, with all tokens before the one to choose.
+        """
+        logits = logits.float()
+        plan = self._plan_for(tuple(sequences), logits.device)
+        ids = logits.argmax(-1)  # [rows]
+        if plan.shaped is not None:
+            ids[plan.shaped] = self._choose_shaped(logits[plan.shaped], plan)
+        normaliser = logits.logsumexp(-1)  # [rows]
+        logprobs = logits.gather(1, ids[:, None]).squeeze(1) - normaliser
+        chosen = [Chosen(token, logprob) for token, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True)]
+        return _with_alternatives(chosen, logits, normaliser, plan) if plan.alternatives else chosen
+
+    def _plan_for(self, sequences: tuple[Sequence, ...], device: torch.device) -> "_Plan":
+        if self._sequences != sequences:
+            self._sequences = sequences
+            self._plan = _Plan.of(sequences, self._eos_ids, device)
+            if self._plan.counted is None:
+                self._counts = TokenCounts()  # frees what the last penalties needed
+        return self._plan
+
+    def _choose_shaped(self, scores: Tensor, plan: "_Plan") -> Tensor:
+        """One id a row, of the rows that are not plainly greedy. Overwrites `scores`, [shaped, vocabulary]."""
+        self._penalise(scores, plan)
+        if plan.bias is not None:
+            scores.index_put_((plan.bias.rows, plan.bias.ids), plan.bias.values, accumulate=True)
+        generated = torch.tensor([each.generated for each in plan.sequences], device=scores.device)  # [shaped]
+        if plan.endings is not None:
+            is_early = generated[plan.endings.rows] < plan.endings.values
+            barred = torch.where(is_early, -torch.inf, 0.0)
+            scores.index_put_((plan.endings.rows, plan.endings.ids), barred, accumulate=True)
+        ids = scores.argmax(-1)
+        if plan.sampled is not None:
+            uniform = uniform_numbers(plan.seeds, generated[plan.sampled])[:, None]
+            ids[plan.sampled] = draw(_filtered(scores[plan.sampled], plan), uniform)
+        return ids
+
+    def _penalise(self, scores: Tensor, plan: "_Plan") -> None:
+        """The penalties, in place."""
+        if plan.counted is None:
+            return
+        counts = self._counts
+        counts.update(plan.counted_sequences, scores.shape[-1], scores.device)
+        rows, ids = counts.is_known.nonzero(as_tuple=True)  # [occurring], few beside the vocabulary
+        values = scores[plan.counted[rows], ids]
+        repetition = plan.repetition[rows]
+        values = torch.where(values < 0, values * repetition, values / repetition)
+        times = counts.in_answer[rows, ids]
+        values -= plan.frequency[rows] * times + plan.presence[rows] * (times > 0)
+        scores[plan.counted[rows], ids] = values
 
 
-def _sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """One id a row, [rows]."""
+@dataclass(frozen=True)
+class _Column:
+    """One parameter of the rows that use it."""
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
-
-    vocabulary = logits.shape[-1]
-    temperature = column([draw.params.temperature for draw in draws])
-    top_k = column([draw.params.top_k or vocabulary for draw in draws])
-    top_p = column([draw.params.top_p for draw in draws])
-    uniform = column([uniform_number(draw.params.seed, draw.index) for draw in draws])
-    # Stable, so that equal logits keep one order whatever the batch around them.
-    ordered, order = torch.sort(logits / temperature, dim=-1, descending=True, stable=True)  # [rows, vocabulary]
-    ordered = ordered.masked_fill(torch.arange(vocabulary, device=logits.device) >= top_k, -torch.inf)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    cumulative = probabilities.cumsum(-1)
-    rank = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # [rows, 1]
-    # Rounding may carry the number past the last token kept.
-    rank = rank.minimum((probabilities > 0).sum(-1, keepdim=True) - 1)
-    return order.gather(1, rank).squeeze(1)
+    rows: Tensor  # [n], int64
+    values: Tensor  # [n, 1]
 
 
-def uniform_number(seed: int, index: int) -> float:
-    """The `index`-th number in [0, 1) of the stream `seed`: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) in counter mode.
+@dataclass(frozen=True)
+class _Entries:
+    """Single entries of the scores."""
 
-    Without state, so a sequence that is preempted or moves between batches draws the same numbers.
+    rows: Tensor  # [n], int64
+    ids: Tensor  # [n], int64
+    values: Tensor  # [n]
+
+
+_NONE = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The parameters of a step's rows as tensors. None stands for what no row uses.
+
+    `counted`, `bias`, `endings` and `sampled` number the shaped rows; temperature and filters the sampled ones.
     """
-    z = (_mix(seed & _MASK64) + (index + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    return (_mix(z) >> 40) * 2.0**-24  # 24 bits: exact in fp32, in which the distribution is summed
+
+    shaped: Tensor | None = None  # [shaped], rows that are not plainly greedy
+    sequences: tuple[Sequence, ...] = ()  # of the shaped rows
+    counted: Tensor | None = None  # [counted], rows with penalties
+    counted_sequences: tuple[Sequence, ...] = ()
+    repetition: Tensor = _NONE  # [counted]
+    presence: Tensor = _NONE  # [counted]
+    frequency: Tensor = _NONE  # [counted]
+    bias: _Entries | None = None
+    endings: _Entries | None = None  # tokens that must not be chosen before `values` tokens are generated
+    sampled: Tensor | None = None  # [sampled]
+    seeds: Tensor = _NONE  # [sampled], int64
+    temperature: _Column | None = None
+    filters: tuple[tuple[Callable[[Tensor, Tensor], Tensor], _Column], ...] = ()  # in the order they act
+    alternatives: tuple[tuple[int, int], ...] = ()  # (row, how many) of the rows that ask for some
+
+    @classmethod
+    def of(cls, sequences: Rows[Sequence], eos_ids: frozenset[int], device: torch.device) -> "_Plan":
+        """Lay out the parameters of a step's rows."""
+        params = [each.request.sampling for each in sequences]
+        alternatives = tuple((row, each.alternatives) for row, each in enumerate(params) if each.alternatives)
+        shaped = [row for row, each in enumerate(params) if _is_shaped(each)]
+        if not shaped:
+            return cls(alternatives=alternatives)
+        params = [params[row] for row in shaped]
+        kept = tuple(sequences[row] for row in shaped)
+        counted = [row for row, each in enumerate(params) if _is_counted(each)]
+        sampled = [row for row, each in enumerate(params) if each.do_sample]
+        drawn = [params[row] for row in sampled]
+
+        def penalty(read: Callable[[SamplingParams], float]) -> Tensor:
+            return torch.tensor([read(params[row]) for row in counted], device=device)
+
+        def column(read: Callable[[SamplingParams], float | None], neutral: float | None) -> _Column | None:
+            used = [(row, value) for row, each in enumerate(drawn) if (value := read(each)) != neutral]
+            if not used:
+                return None
+            rows, values = zip(*used, strict=True)
+            return _Column(torch.tensor(rows, device=device), torch.tensor(values, device=device)[:, None])
+
+        filters = (
+            (keep_top_k, column(lambda each: each.top_k, None)),
+            (keep_top_p, column(lambda each: each.top_p, 1.0)),
+            (keep_min_p, column(lambda each: each.min_p, 0.0)),
+            (keep_typical, column(lambda each: each.typical_p, 1.0)),
+        )
+        return cls(
+            shaped=torch.tensor(shaped, device=device),
+            sequences=kept,
+            counted=torch.tensor(counted, device=device) if counted else None,
+            counted_sequences=tuple(kept[row] for row in counted),
+            repetition=penalty(lambda each: each.repetition_penalty),
+            presence=penalty(lambda each: each.presence_penalty),
+            frequency=penalty(lambda each: each.frequency_penalty),
+            bias=_entries([each.logit_bias for each in params], device),
+            endings=_entries([_barred(each, eos_ids) for each in params], device),
+            sampled=torch.tensor(sampled, device=device) if sampled else None,
+            seeds=torch.tensor([as_int64(each.seed) for each in drawn], dtype=torch.long, device=device),
+            temperature=column(lambda each: each.temperature, 1.0),
+            filters=tuple((keep, used) for keep, used in filters if used is not None),
+            alternatives=alternatives,
+        )
 
 
-def _mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
+def _is_counted(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _is_shaped(params: SamplingParams) -> bool:
+    """Whether a row's token may be another than its most probable one."""
+    return params.do_sample or bool(params.logit_bias) or params.min_new_tokens > 0 or _is_counted(params)
+
+
+def _barred(params: SamplingParams, eos_ids: frozenset[int]) -> list[tuple[int, float]]:
+    """The tokens that end a generation, with the number of tokens before which they must not be chosen."""
+    if not params.min_new_tokens:
+        return []
+    ending = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
+    return [(token, float(params.min_new_tokens)) for token in sorted(ending)]
+
+
+def _entries(by_row: Rows[Rows[tuple[int, float]]], device: torch.device) -> _Entries | None:
+    flat = [(row, token, value) for row, each in enumerate(by_row) for token, value in each]
+    if not flat:
+        return None
+    rows, ids, values = zip(*flat, strict=True)
+    return _Entries(torch.tensor(rows, device=device), torch.tensor(ids, device=device), torch.tensor(values, device=device))
+
+
+def _filtered(scores: Tensor, plan: _Plan) -> Tensor:
+    """The sampled rows' scores after temperature and filters, [sampled, vocabulary]. Overwrites `scores`."""
+    if plan.temperature is not None:
+        scores[plan.temperature.rows] /= plan.temperature.values
+    for keep, used in plan.filters:
+        scores[used.rows] = keep(scores[used.rows], used.values)
+    return scores
+
+
+def _with_alternatives(chosen: list[Chosen], logits: Tensor, normaliser: Tensor, plan: _Plan) -> list[Chosen]:
+    """Add the most probable tokens of the rows that ask for them."""
+    asking = [row for row, _ in plan.alternatives]
+    ids = highest_ids(logits[asking], max(count for _, count in plan.alternatives))  # [asking, most]
+    logprobs = logits[asking].gather(1, ids) - normaliser[asking][:, None]
+    for (row, count), tokens, numbers in zip(plan.alternatives, ids.tolist(), logprobs.tolist(), strict=True):
+        pairs = tuple(zip(tokens[:count], numbers[:count], strict=False))
+        chosen[row] = Chosen(chosen[row].token_id, chosen[row].logprob, pairs)
+    return chosen

@@ -19,6 +19,7 @@ class Sequence:
         blocks: the cache blocks held, in order of position.
         digests: of the first full blocks of `tokens`, as far as they were needed; they stay right as tokens are added.
         preemptions: how often its cache was given up and computed again.
+        prompt_logprobs: of the prompt's tokens from the second on, as far as they are known; empty unless asked for.
     """
 
     request: GenerationRequest
@@ -27,6 +28,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     preemptions: int = 0
+    prompt_logprobs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
@@ -40,6 +42,14 @@ class Sequence:
     def pending(self) -> int:
         """Tokens whose keys and values are still to be computed."""
         return len(self.tokens) - self.computed
+
+    @property
+    def first_needed(self) -> int:
+        """The first token whose logits are needed: the last, or one before it whose successor's probability is asked for."""
+        last_of_prompt = len(self.request.prompt_ids) - 1
+        if self.request.sampling.prompt_logprobs and len(self.prompt_logprobs) < last_of_prompt:
+            return len(self.prompt_logprobs)
+        return len(self.tokens) - 1
 
     @property
     def adapter(self) -> AdapterChoice | None:
@@ -245,7 +255,7 @@ class Scheduler:
     def _share_prefix(self, sequence: Sequence) -> list[int]:
         if self._prefix_hash is None:
             return []
-        most = (len(sequence.tokens) - 1) // self._pool.block_tokens  # the last token must run: its logits are needed
+        most = sequence.first_needed // self._pool.block_tokens
         self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.adapter, blocks=most)
         return self._pool.share(sequence.digests[:most])
 

@@ -1,74 +1,83 @@
-"""Text as it grows: incremental detokenisation and stop strings."""
+"""Text as it grows: incremental detokenisation. Every step takes the same time, however long the text."""
 
+import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
+from service.engine.vocabulary import Vocabulary, strip_start
 
 _CONTEXT_TOKENS = 6
-"""Tokens decoded before the new ones: enough for any tokenizer to decide on spaces and to complete a character."""
+"""Tokens of the prompt that the first new one is decoded with: enough for any tokenizer to decide on spaces."""
 _INCOMPLETE = "\ufffd"
 _MAX_HELD_TOKENS = 8
 """A character takes at most four bytes. What is still incomplete after this many tokens is not one, and is let go."""
 
 
 class TextStream:
-    """The text that a growing sequence of tokens stands for, piece by piece.
+    """The text that a growing sequence of tokens stands for, piece by piece. Special tokens have none."""
 
-    Decodes the new tokens together with a few before them and takes the difference, since the text of a token depends on
-    its neighbours; holds back while the last character is incomplete.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
-        # Special tokens have no text, but some tokenizers drop the space after one: never let one be the context.
-        self._ids = [token for token in prompt_ids[-_CONTEXT_TOKENS:] if token not in self._special]
-        self._known = len(self._ids)
-        self.text = ""
+    def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> None:
+        self._special = vocabulary.special_ids
+        reader = _WindowReader if vocabulary.spelling is None else _ByteReader
+        self._reader = reader(vocabulary, prompt_ids)
 
     def push(self, token_id: int) -> str:
         """What this token adds to the text; "" if it is special or its character is incomplete."""
-        if token_id in self._special:
-            return ""
-        self._ids.append(token_id)
-        before, after = self._decode(self._ids[: self._known]), self._decode(self._ids)
-        if after.endswith(_INCOMPLETE) and len(self._ids) - self._known < _MAX_HELD_TOKENS:
-            return ""
-        piece = after[len(before) :]
-        self._ids = self._ids[-_CONTEXT_TOKENS:]
-        self._known = len(self._ids)
-        self.text += piece
-        return piece
+        return "" if token_id in self._special else self._reader.push(token_id)
 
     def flush(self) -> str:
         """What was held back, when no token is to follow."""
-        piece = self._decode(self._ids)[len(self._decode(self._ids[: self._known])) :]
-        self._known = len(self._ids)
-        self.text += piece
-        return piece
+        return self._reader.flush()
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether a token is a control token, which is not part of the text."""
-        return token_id in self._special
 
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
+class _ByteReader:
+    """Reads tokens that stand for bytes. Broken bytes become replacement characters as in `bytes.decode`, each run of them
+    by itself; whole characters beside them are kept.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> None:
+        assert vocabulary.spelling is not None
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        is_start = all(token in vocabulary.special_ids for token in prompt_ids)
+        self._strip, self._strip_left = vocabulary.spelling.strip if is_start else ("", 0)
+
+    def push(self, token_id: int) -> str:
+        return self._begin(self._decoder.decode(self._vocabulary.bytes_of(token_id)))
+
+    def flush(self) -> str:
+        return self._begin(self._decoder.decode(b"", final=True))
+
+    def _begin(self, text: str) -> str:
+        text, self._strip_left = strip_start(text, self._strip, self._strip_left)
         return text
 
 
-@dataclass(frozen=True)
-class StopMatcher:
-    """Finds the first of several stop strings in a growing text, wherever the borders between its tokens fall."""
+class _WindowReader:
+    """Decodes the new tokens together with those of the piece before them and takes the difference, since the text of a
+    token depends on its neighbours; holds back while the last character is incomplete. For tokenizers of any other kind.
+    """
 
-    stops: tuple[str, ...]
+    def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> None:
+        self._vocabulary = vocabulary
+        # Some tokenizers drop the space after a special token: never let one be the context.
+        self._ids = [token for token in prompt_ids[-_CONTEXT_TOKENS:] if token not in vocabulary.special_ids]
+        self._known = len(self._ids)
 
-    def end_of_match(self, text: str, added: int) -> int | None:
-        """Where the first stop string that ends within the last `added` characters ends; None if there is none."""
-        ends = []
-        for stop in self.stops:
-            at = text.find(stop, max(0, len(text) - added - len(stop) + 1))
-            if at >= 0:
-                ends.append(at + len(stop))
-        return min(ends, default=None)
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        piece = self._new_text()
+        if piece.endswith(_INCOMPLETE) and len(self._ids) - self._known < _MAX_HELD_TOKENS:
+            return ""
+        # A context without text would say nothing of spaces.
+        self._ids = self._ids[self._known :] if piece else self._ids[-_CONTEXT_TOKENS:]
+        self._known = len(self._ids)
+        return piece
+
+    def flush(self) -> str:
+        piece = self._new_text()
+        self._known = len(self._ids)
+        return piece
+
+    def _new_text(self) -> str:
+        before = self._vocabulary.decode(self._ids[: self._known])
+        return self._vocabulary.decode(self._ids)[len(before) :]

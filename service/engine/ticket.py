@@ -4,10 +4,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from adapters.adapter import Adapter
-from service.core import EventSink, Finished, FinishReason, GenerationRequest, Mode, Token, TokenEvent, Usage
+from service.core import (
+    Alternative,
+    EventSink,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Mode,
+    PromptToken,
+    Token,
+    TokenEvent,
+    Usage,
+)
 from service.engine.sampling import Chosen
 from service.engine.scheduler import Sequence
-from service.engine.text import StopMatcher, TextStream
+from service.engine.stops import AnswerText
+from service.engine.text import TextStream
+from service.engine.vocabulary import Vocabulary
 
 
 @dataclass(eq=False)
@@ -15,7 +28,8 @@ class Ticket:
     """A request with all that the engine keeps for it.
 
     Attributes:
-        eos_ids: tokens that end the generation, none if it is to go on after them.
+        vocabulary: the model's tokens.
+        eos_ids: end-of-sequence tokens, none if the generation is to go on after them.
         submitted, scheduled, first_token: moments in seconds of one monotonic clock.
         has_columns: whether it counts as a user of its adapter's columns.
         modes: how the steps that made its tokens ran.
@@ -24,13 +38,18 @@ class Ticket:
     sequence: Sequence
     sink: EventSink
     adapter: Adapter | None
-    stream: TextStream
+    vocabulary: Vocabulary
     eos_ids: frozenset[int]
     submitted: float
     scheduled: float | None = None
     first_token: float | None = None
     has_columns: bool = False
     modes: set[Mode] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        self._stream = TextStream(self.vocabulary, self.request.prompt_ids)
+        self._answer = AnswerText(sampling.stop, include_stop=sampling.include_stop)
 
     @property
     def request(self) -> GenerationRequest:
@@ -39,27 +58,49 @@ class Ticket:
 
     def take(self, chosen: Chosen, mode: Mode, now: float) -> Iterator[TokenEvent | Finished]:
         """Take the next token: the event that tells of it, and the terminal one if the request is complete."""
-        sampling = self.request.sampling
         self.sequence.tokens.append(chosen.token_id)
-        self.modes.add(mode if self.adapter is not None else Mode.BASE)
+        mode = mode if self.adapter is not None else Mode.BASE
+        self.modes.add(mode)
         if self.first_token is None:
             self.first_token = now
-        piece = self.stream.push(chosen.token_id)
-        end = StopMatcher(sampling.stop).end_of_match(self.stream.text, len(piece))
-        reason: FinishReason | None = None
-        if end is not None:
-            reason = FinishReason.STOP_SEQUENCE
-            piece = piece[: len(piece) - (len(self.stream.text) - end)]
-        elif chosen.token_id in self.eos_ids:
-            reason = FinishReason.EOS_TOKEN
-        elif self.sequence.generated >= sampling.max_new_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None and end is None:
-            piece += self.stream.flush()
-        token = Token(chosen.token_id, piece, chosen.logprob, self.stream.is_special(chosen.token_id))
-        yield TokenEvent(self.request.request_id, token, mode if self.adapter is not None else Mode.BASE)
+        text, reason = self._extend(chosen.token_id)
+        is_special = chosen.token_id in self.vocabulary.special_ids
+        alternatives = tuple(self._alternative(*pair) for pair in chosen.alternatives)
+        token = Token(chosen.token_id, text, chosen.logprob, is_special, alternatives)
+        yield TokenEvent(self.request.request_id, token, mode, is_last=reason is not None)
         if reason is not None:
-            yield Finished(self.request.request_id, reason, self.stream.text[:end], self._mode(), self._usage(now))
+            answer, usage = self._answer.text, self._usage(now)
+            yield Finished(self.request.request_id, reason, answer, self._mode(), usage, self._prompt())
+
+    def _extend(self, token_id: int) -> tuple[str, FinishReason | None]:
+        """The text that may be told after one more token, and why it is the last, if it is."""
+        sampling, generated = self.request.sampling, self.sequence.generated
+        is_stop_token = token_id in sampling.stop_token_ids
+        piece = "" if is_stop_token and not sampling.include_stop else self._stream.push(token_id)
+        reason: FinishReason | None = None
+        if token_id in self.eos_ids:
+            reason = FinishReason.EOS_TOKEN
+        elif is_stop_token:
+            reason = FinishReason.STOP_SEQUENCE
+        elif generated >= sampling.max_new_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            piece += self._stream.flush()
+        text, is_stopped = self._answer.push(piece, may_stop=generated >= sampling.min_new_tokens)
+        if is_stopped:
+            return text, FinishReason.STOP_SEQUENCE
+        return (text if reason is None else text + self._answer.flush()), reason
+
+    def _alternative(self, token_id: int, logprob: float) -> Alternative:
+        is_special = token_id in self.vocabulary.special_ids
+        return Alternative(token_id, self.vocabulary.text_of(token_id), logprob, is_special)
+
+    def _prompt(self) -> tuple[PromptToken, ...]:
+        """The prompt's tokens with their log-probabilities, if they were asked for."""
+        if not self.request.sampling.prompt_logprobs:
+            return ()
+        pairs = zip(self.request.prompt_ids, [None, *self.sequence.prompt_logprobs], strict=True)
+        return tuple(PromptToken(token, self.vocabulary.text_of(token), logprob) for token, logprob in pairs)
 
     def _mode(self) -> Mode:
         return next(iter(self.modes)) if len(self.modes) == 1 else Mode.MIXED

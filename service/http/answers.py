@@ -1,20 +1,26 @@
 """From events to LoRAX's and TGI's answers: the body, the stream, and the headers that say what served them."""
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
-from service.core import Event, Failed, Finished, Mode, Token, TokenEvent
+from service.core import Event, Failed, Finished, Mode, PromptToken, SamplingParams, Token, TokenEvent
 from service.errors import ServiceError
 from service.http.error_table import error_body
 from service.http.generation import Submitted
 from service.http.schemas import (
+    AlternativeToken,
+    BestOfSequence,
     Details,
     ErrorResponse,
     GenerateRequest,
     GenerateResponse,
+    PrefillToken,
+    SequenceTokens,
     StreamDetails,
     StreamResponse,
     TokenOut,
 )
+from service.http.stream import EventStream
 from service.rank_policy import RankReason
 
 BASE = "base"
@@ -52,43 +58,67 @@ def timing_headers(end: Finished) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """One sequence that has ended."""
+
+    sampling: SamplingParams
+    tokens: list[Token]
+    end: Finished
+
+    @property
+    def mean_logprob(self) -> float:
+        """What TGI ranks the answers of best_of by."""
+        return sum(token.logprob for token in self.tokens) / max(len(self.tokens), 1)
+
+
 async def collect(submitted: Submitted, body: GenerateRequest) -> tuple[GenerateResponse, Finished]:
-    """The whole answer, and the event it ended with.
+    """The whole answer, and the event it ended with: the best of several, the first among equals.
 
     Raises:
-        ServiceError: the request failed.
+        ServiceError: a sequence failed.
         ClientGone: it was aborted.
     """
-    tokens: list[TokenOut] = []
-    async for event in submitted.events:
+    sequences = [
+        await _collect(events, sampling)
+        for events, sampling in zip(submitted.sequences.streams, submitted.samplings, strict=True)
+    ]
+    best = max(sequences, key=lambda each: each.mean_logprob)
+    details = None
+    if body.parameters.wants_details:
+        prompt = sequences[0].end.prompt
+        others = [_other(each, prompt, body) for each in sequences if each is not best]
+        details = Details(
+            **dict(_facts(submitted, best.sampling, best.end)),
+            **dict(_tokens(best, prompt, body)),
+            best_of_sequences=others or None,
+        )
+    return GenerateResponse(generated_text=_text(body, best.end), details=details), best.end
+
+
+async def _collect(events: EventStream, sampling: SamplingParams) -> _Sequence:
+    tokens: list[Token] = []
+    async for event in events:
         if isinstance(event, TokenEvent):
-            if body.parameters.details:
-                tokens.append(_token(event.token))
+            tokens.append(event.token)
         else:
             end = finished_or_raise(event)
-    details = Details(**dict(_facts(submitted, end)), tokens=tokens) if body.parameters.details else None
-    return GenerateResponse(generated_text=_text(body, end), details=details), end
+    return _Sequence(sampling, tokens, end)
 
 
 async def stream(submitted: Submitted, body: GenerateRequest, first: Event) -> AsyncIterator[str]:
     """Server-sent events. The last token's comes with text and details, as TGI's clients expect it.
 
-    A token that may be the last is held until the next event says whether it is; any other is sent at once.
-
     Args:
         first: the event taken from `submitted.events` already.
     """
-    follow = _LastToken(submitted.sampling.max_new_tokens, submitted.sampling.stop)
-    held: Token | None = None
+    last: Token | None = None
     event = first
     while isinstance(event, TokenEvent):
-        if held is not None:
-            yield _sse(StreamResponse(token=_token(held)))
-            held = None
-        if follow.may_be(event.token):
-            held = event.token
+        if event.is_last:
+            last = event.token
         else:
-            yield _sse(StreamResponse(token=_token(event.token)))
+            yield _sse(_event(event.token, body))
         event = await submitted.events.next()
     try:
         end = finished_or_raise(event)
@@ -97,9 +127,9 @@ async def stream(submitted: Submitted, body: GenerateRequest, first: Event) -> A
         return
     except ClientGone:
         return
-    # An engine that ends for a reason unknown here still gets its text and details across.
-    token = _token(held) if held is not None else TokenOut(id=0, text="", logprob=0.0, special=True)
-    yield _sse(StreamResponse(token=token, generated_text=_text(body, end), details=_facts(submitted, end)))
+    assert last is not None, "an answer ends with its last token"
+    facts = _facts(submitted, submitted.samplings[0], end)
+    yield _sse(_event(last, body).model_copy(update={"generated_text": _text(body, end), "details": facts}))
 
 
 def finished_or_raise(event: Event) -> Finished:
@@ -113,30 +143,13 @@ def finished_or_raise(event: Event) -> Finished:
             raise ClientGone
 
 
-class _LastToken:
-    """Tells from the request alone whether a token may be its last."""
-
-    def __init__(self, max_new_tokens: int, stops: tuple[str, ...]) -> None:
-        self._left = max_new_tokens
-        self._stops = stops
-        self._tail_characters = max(map(len, stops), default=0)
-        self._tail = ""
-
-    def may_be(self, token: Token) -> bool:
-        """Follow one more token."""
-        self._left -= 1
-        text = self._tail + token.text
-        self._tail = text[-self._tail_characters :] if self._tail_characters else ""
-        return self._left <= 0 or token.special or any(stop in text for stop in self._stops)
-
-
-def _facts(submitted: Submitted, end: Finished) -> StreamDetails:
+def _facts(submitted: Submitted, sampling: SamplingParams, end: Finished) -> StreamDetails:
     adapter, decision = submitted.adapter, submitted.decision
     return StreamDetails(
         finish_reason=end.reason,
         prompt_tokens=end.usage.prompt_tokens,
         generated_tokens=end.usage.generated_tokens,
-        seed=submitted.sampling.seed if submitted.sampling.do_sample else None,
+        seed=sampling.seed if sampling.do_sample else None,
         adapter_id=adapter.name if adapter else None,
         adapter_version=adapter.version if adapter else None,
         rank=decision.rank if decision else 0,
@@ -150,8 +163,45 @@ def _text(body: GenerateRequest, end: Finished) -> str:
     return body.inputs + end.text if body.parameters.return_full_text else end.text
 
 
-def _token(token: Token) -> TokenOut:
-    return TokenOut(id=token.id, text=token.text, logprob=token.logprob, special=token.special)
+def _tokens(sequence: _Sequence, prompt: tuple[PromptToken, ...], body: GenerateRequest) -> SequenceTokens:
+    top_n = body.parameters.top_n_tokens
+    return SequenceTokens(
+        prefill=[PrefillToken(**each._asdict()) for each in prompt],
+        tokens=[_token(each, body) for each in sequence.tokens],
+        top_tokens=[_top(each, top_n) for each in sequence.tokens] if top_n else None,
+    )
+
+
+def _other(sequence: _Sequence, prompt: tuple[PromptToken, ...], body: GenerateRequest) -> BestOfSequence:
+    end = sequence.end
+    return BestOfSequence(
+        **dict(_tokens(sequence, prompt, body)),
+        generated_text=_text(body, end),
+        finish_reason=end.reason,
+        generated_tokens=end.usage.generated_tokens,
+        seed=sequence.sampling.seed,
+    )
+
+
+def _event(token: Token, body: GenerateRequest) -> StreamResponse:
+    top_n = body.parameters.top_n_tokens
+    return StreamResponse(token=_token(token, body), top_tokens=_top(token, top_n) if top_n else None)
+
+
+def _token(token: Token, body: GenerateRequest) -> TokenOut:
+    count = body.parameters.return_k_alternatives
+    alternatives = [AlternativeToken(id=each.id, text=each.text, logprob=each.logprob) for each in token.alternatives[:count]]
+    return TokenOut(
+        id=token.id,
+        text=token.text,
+        logprob=token.logprob,
+        special=token.special,
+        alternative_tokens=alternatives if count else None,
+    )
+
+
+def _top(token: Token, count: int) -> list[TokenOut]:
+    return [TokenOut(**each._asdict()) for each in token.alternatives[:count]]
 
 
 def _sse(event: StreamResponse) -> str:

@@ -1,13 +1,14 @@
 """From a checked body to a request that the engine has taken. Knows no HTTP; every generating route comes here."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anyio import CapacityLimiter, to_thread
 
 from service.core import GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.arrival import Arrival
+from service.http.fan_out import FanOut, sequence_seed
 from service.http.registry import ServedAdapter
 from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
 from service.http.selection import Selection, select
@@ -26,24 +27,29 @@ _tokenizer_thread = CapacityLimiter(1)
 
 @dataclass(frozen=True)
 class Submitted:
-    """A request that the engine has taken.
+    """A request that the engine has taken, as one or several sequences.
 
     Attributes:
         adapter: what serves it, None for the base model.
         decision: its rank, None for the base model.
-        sampling: what the engine was told; its seed is drawn here unless given.
+        samplings: what the engine was told of each sequence; the first one's seed is drawn here unless given.
     """
 
-    events: EventStream
-    sampling: SamplingParams
+    sequences: FanOut
+    samplings: tuple[SamplingParams, ...]
     adapter: ServedAdapter | None
     decision: RankDecision | None
 
+    @property
+    def events(self) -> EventStream:
+        """Those of the first sequence."""
+        return self.sequences.streams[0]
+
 
 async def submit(services: Services, body: GenerateRequest, arrival: Arrival) -> Submitted:
-    """Check, tokenise, choose the rank and hand over. Whoever gets the result must close its events.
+    """Check, tokenise, choose the rank and hand over. Whoever gets the result must close its sequences.
 
-    The engine gets a request id of our own, which no client can repeat.
+    The engine gets request ids of our own, which no client can repeat.
 
     Raises:
         InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
@@ -57,33 +63,37 @@ async def submit(services: Services, body: GenerateRequest, arrival: Arrival) ->
     _choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
     prompt_ids = await to_thread.run_sync(services.engine.encode, body.inputs, limiter=_tokenizer_thread)
     prompt_ids = prompt_ids[-parameters.truncate :] if parameters.truncate else prompt_ids
-    sampling = _sampling(services, parameters, len(prompt_ids))
+    samplings = _sequences(_sampling(services, parameters, len(prompt_ids)), parameters.best_of or 1)
     deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):
         adapter, decision = _choose(services, selection, caller)
-        request = GenerationRequest(
-            request_id=secrets.token_hex(8),
-            prompt_ids=prompt_ids,
-            sampling=sampling,
-            adapter=adapter.choice(decision.rank) if adapter and decision else None,
-        )
+        choice = adapter.choice(decision.rank) if adapter and decision else None
         rank = decision.rank if decision else 0
         name = adapter.name if adapter else None
         tracked = TrackedRequest(arrival.request_id, name, rank, len(prompt_ids), caller.name)
-        tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
         max_unread = settings.max_unread_tokens if arrival.is_streamed else None
-        events = EventStream(services.engine, request, tracker.on_event, max_unread)
+        sequences = FanOut(
+            [
+                EventStream(
+                    services.engine,
+                    GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice),
+                    RequestTracker(services.metrics, tracked, services.drain_rate).on_event,
+                    max_unread,
+                )
+                for sampling in samplings
+            ]
+        )
         try:
-            events.submit()
+            sequences.submit()
         except UnknownAdapter:
             if attempt == _SUBMIT_TRIES or adapter is None:
                 raise UnknownAdapter(selection.adapter or "") from None
             continue
         break
-    events.cut_at(deadline.at, deadline.error())
+    sequences.cut_at(deadline.at, deadline.error())
     if decision is not None:
         services.metrics.decided(decision)
-    return Submitted(events, sampling, adapter, decision)
+    return Submitted(sequences, samplings, adapter, decision)
 
 
 def _choose(services: Services, selection: Selection, caller: ApiKey) -> tuple[ServedAdapter | None, RankDecision | None]:
@@ -92,6 +102,14 @@ def _choose(services: Services, selection: Selection, caller: ApiKey) -> tuple[S
     adapter = services.registry.resolve(selection.adapter, caller.name)
     policies = services.policies.with_default(caller.rank_policy)
     return adapter, decide(selection.rank, selection.policy, adapter.facts, policies, caller.bounds)
+
+
+def _sequences(sampling: SamplingParams, count: int) -> tuple[SamplingParams, ...]:
+    """What each of several sequences is told. The prompt's log-probabilities are the same in all: one computes them."""
+    if count > 1 and not sampling.do_sample:
+        raise InvalidRequest("best_of", f"{count} greedy answers would be the same; legal: 1, or sample (do_sample)")
+    others = replace(sampling, prompt_logprobs=False)
+    return sampling, *(replace(others, seed=sequence_seed(sampling.seed, index)) for index in range(1, count))
 
 
 def _sampling(services: Services, parameters: GenerateParameters, prompt_tokens: int) -> SamplingParams:
@@ -118,16 +136,34 @@ def _sampling(services: Services, parameters: GenerateParameters, prompt_tokens:
             f"the context of {context} tokens; shorten the prompt, lower max_new_tokens, or set truncate to at most "
             f"{context - new_tokens}",
         )
+    least = parameters.min_new_tokens or 0
+    if least > new_tokens:
+        raise InvalidRequest("min_new_tokens", f"{least} is above max_new_tokens {new_tokens}; legal: 0 to {new_tokens}")
     do_sample = parameters.is_sampling
     temperature = parameters.temperature
     return SamplingParams(
         max_new_tokens=new_tokens,
+        min_new_tokens=least,
+        repetition_penalty=_or(parameters.repetition_penalty, 1.0),
+        presence_penalty=_or(parameters.presence_penalty, 0.0),
+        frequency_penalty=_or(parameters.frequency_penalty, 0.0),
+        logit_bias=tuple(parameters.logit_bias.items()),
         do_sample=do_sample,
         temperature=temperature if do_sample and temperature is not None else 1.0,
         top_k=parameters.top_k,
-        top_p=1.0 if parameters.top_p is None else parameters.top_p,
+        top_p=_or(parameters.top_p, 1.0),
+        min_p=_or(parameters.min_p, 0.0),
+        typical_p=_or(parameters.typical_p, 1.0),
         # 53 bits: what every JSON reader keeps exactly.
         seed=secrets.randbits(53) if parameters.seed is None else parameters.seed,
         stop=tuple(parameters.stop),
+        stop_token_ids=tuple(parameters.stop_token_ids),
+        include_stop=parameters.include_stop_str_in_output,
         ignore_eos=parameters.ignore_eos_token,
+        alternatives=max(parameters.top_n_tokens or 0, parameters.return_k_alternatives or 0),
+        prompt_logprobs=parameters.decoder_input_details,
     )
+
+
+def _or(value: float | None, neutral: float) -> float:
+    return neutral if value is None else value

@@ -7,6 +7,7 @@ from fastapi.responses import StreamingResponse
 from starlette import types
 
 from service.core import Mode, TokenEvent
+from service.errors import InvalidRequest
 from service.http import answers
 from service.http.disconnect import closing_on_disconnect
 from service.http.generation import Submitted, submit
@@ -47,7 +48,7 @@ async def generate_compat(body: CompatRequest, request: Request, services: TheSe
 async def _whole(body: GenerateRequest, request: Request, services: Services, *, is_wrapped: bool) -> Response:
     submitted = await _submit(body, request, services, is_streamed=False)
     try:
-        async with submitted.events, closing_on_disconnect(request.receive, submitted.events):
+        async with submitted.sequences, closing_on_disconnect(request.receive, submitted.sequences):
             answer, end = await answers.collect(submitted, body)
     except answers.ClientGone:
         return Response(status_code=NOBODY_TO_ANSWER)
@@ -57,6 +58,7 @@ async def _whole(body: GenerateRequest, request: Request, services: Services, *,
 
 
 async def _streamed(body: GenerateRequest, request: Request, services: Services) -> Response:
+    _check_streamable(body)
     submitted = await _submit(body, request, services, is_streamed=True)
     events = submitted.events
     try:
@@ -71,6 +73,14 @@ async def _streamed(body: GenerateRequest, request: Request, services: Services)
         raise
     headers = answers.serving_headers(submitted, Mode(mode)) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return _ClosingResponse(answers.stream(submitted, body, first), events, headers)
+
+
+def _check_streamable(body: GenerateRequest) -> None:
+    """Raise InvalidRequest for what TGI refuses in streams, too."""
+    if (best_of := body.parameters.best_of) not in (None, 1):
+        raise InvalidRequest("best_of", f"{best_of} answers can't be streamed; legal in a stream: 1")
+    if body.parameters.decoder_input_details:
+        raise InvalidRequest("decoder_input_details", "true is not available in a stream; legal in a stream: false")
 
 
 async def _submit(body: GenerateRequest, request: Request, services: Services, *, is_streamed: bool) -> Submitted:

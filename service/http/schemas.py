@@ -11,6 +11,10 @@ from service.rank_policy import RankReason, RankWish
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 DEFAULT_MAX_NEW_TOKENS = 20
+MAX_BEST_OF = 16
+MAX_ALTERNATIVES = 20
+MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKENS = 64
 MIN_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature leave what float32 holds; 0 is greedy."""
 
@@ -27,6 +31,10 @@ def _temperature(value: float | None) -> float | None:
     if value is not None and 0 < value < MIN_TEMPERATURE:
         raise ValueError(f"must be 0 (greedy) or at least {MIN_TEMPERATURE}")
     return value
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 def rank_wish(value: object) -> object:
@@ -50,12 +58,28 @@ Stops = Annotated[
     Field(max_length=MAX_STOPS),
     BeforeValidator(lambda value: [] if value is None else value),
 ]
+Alternatives = Annotated[int, Field(strict=True, ge=0, le=MAX_ALTERNATIVES)]
+Penalty = Annotated[Finite, Field(ge=-2, le=2)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Biases = Annotated[
+    dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASED_TOKENS),
+    BeforeValidator(lambda value: {} if value is None else value),
+]
+StopTokens = Annotated[
+    list[Annotated[TokenId, Field(strict=True)]],
+    Field(max_length=MAX_STOP_TOKENS),
+    BeforeValidator(lambda value: [] if value is None else value),
+]
 Switch = Annotated[StrictBool, BeforeValidator(lambda value: False if value is None else value)]
 """A boolean for which clients may send null."""
 
 
 class GenerateParameters(BaseModel):
-    """How to generate. Sampling is on with `do_sample`, or where temperature, top_k or top_p is not neutral."""
+    """How to generate. Sampling is on with `do_sample`, or where temperature, top_k, top_p, min_p or typical_p is not neutral.
+
+    Log-probabilities are the model's own: before penalties, bias, temperature and filters.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,13 +96,44 @@ class GenerateParameters(BaseModel):
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
         None, description="Draw among the fewest tokens that have this probability together."
     )
+    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = Field(
+        None, description="Draw among the tokens at least this fraction as probable as the most probable one; 0 is all."
+    )
+    typical_p: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
+        None, description="Draw among the tokens nearest the expected information that have this probability together."
+    )
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=100)] | None = Field(
+        None, description="Above 1, makes tokens of prompt and answer less probable: divides or multiplies their logits."
+    )
+    presence_penalty: Penalty | None = Field(None, description="Taken once from the logits of tokens in the answer.")
+    frequency_penalty: Penalty | None = Field(
+        None, description="Taken from the logits of tokens in the answer, once for each time that they occur."
+    )
+    logit_bias: Biases = Field(default_factory=dict, description="Token id to what is added to its logit, -100 to 100.")
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_BEST_OF)] | None = Field(
+        None,
+        description="Draw this many answers and take the one with the highest mean log-probability of its tokens; the "
+        "details have the others, each with its seed. Not for streams.",
+    )
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**64)] | None = Field(
         None, description="The same seed gives the same text; drawn at random unless given."
     )
     stop: Stops = Field(default_factory=list, description="Generation ends after any of these; it is kept in the text.")
+    stop_token_ids: StopTokens = Field(default_factory=list, description="Generation ends after any of these tokens.")
+    include_stop_str_in_output: Annotated[StrictBool, BeforeValidator(lambda value: True if value is None else value)] = Field(
+        True, description="Keep the stop text in the answer. If false, no part of it is told, in streams neither."
+    )
+    min_new_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = Field(
+        None, description="Fewest new tokens: before them no end of sequence, stop token or stop text ends the generation."
+    )
     ignore_eos_token: Switch = Field(False, description="Go on after the end-of-sequence token.")
     return_full_text: Switch = Field(False, description="Put the prompt before the generated text.")
     details: Switch = Field(False, description="Answer with tokens, their log probabilities and what served them.")
+    decoder_input_details: Switch = Field(
+        False, description="Tell the log-probabilities of the prompt's tokens, in the details. Not for streams."
+    )
+    top_n_tokens: Alternatives | None = Field(None, description="Tell this many most probable tokens at every place.")
+    return_k_alternatives: Alternatives | None = Field(None, description="The same by LoRAX's name: told in each token.")
     truncate: PositiveInt | None = Field(None, description="Keep only this many last tokens of the prompt.")
 
     latency_slo_ms: Annotated[Any, NotServed(instead=LATENCY_INSTEAD)] = None
@@ -88,16 +143,8 @@ class GenerateParameters(BaseModel):
     merged_adapters: Annotated[Any, NotServed()] = None
     api_token: Annotated[Any, NotServed()] = None
     apply_chat_template: Annotated[Any, NotServed(False)] = None
-    best_of: Annotated[Any, NotServed(1)] = None
-    decoder_input_details: Annotated[Any, NotServed(False)] = None
-    frequency_penalty: Annotated[Any, NotServed(0.0)] = None
     grammar: Annotated[Any, NotServed()] = None
-    presence_penalty: Annotated[Any, NotServed(0.0)] = None
-    repetition_penalty: Annotated[Any, NotServed(1.0)] = None
     response_format: Annotated[Any, NotServed()] = None
-    return_k_alternatives: Annotated[Any, NotServed()] = None
-    top_n_tokens: Annotated[Any, NotServed(0)] = None
-    typical_p: Annotated[Any, NotServed(1.0)] = None
     watermark: Annotated[Any, NotServed(False)] = None
 
     @property
@@ -106,8 +153,19 @@ class GenerateParameters(BaseModel):
         if self.temperature == 0:
             return False
         return self.do_sample or any(
-            (self.temperature not in (None, 1.0), self.top_k is not None, self.top_p not in (None, 1.0))
+            (
+                self.temperature not in (None, 1.0),
+                self.top_k is not None,
+                self.top_p not in (None, 1.0),
+                self.min_p not in (None, 0.0),
+                self.typical_p not in (None, 1.0),
+            )
         )
+
+    @property
+    def wants_details(self) -> bool:
+        """TGI's rule: to ask for the prompt's tokens is to ask for details."""
+        return self.details or self.decoder_input_details
 
 
 class GenerateRequest(BaseModel):
@@ -137,6 +195,22 @@ class CompatRequest(GenerateRequest):
     stream: Switch = Field(False, description="Answer as /generate_stream does.")
 
 
+class PrefillToken(BaseModel):
+    """One token of the prompt."""
+
+    id: int
+    text: str
+    logprob: float | None = Field(description="Null for the first token of the prompt.")
+
+
+class AlternativeToken(BaseModel):
+    """A token that could have been chosen, as LoRAX tells it."""
+
+    id: int
+    text: str
+    logprob: float
+
+
 class TokenOut(BaseModel):
     """One generated token."""
 
@@ -145,6 +219,9 @@ class TokenOut(BaseModel):
     logprob: float
     special: bool
     skipped: bool = Field(default=False, description="Always false; LoRAX's client wants the field.")
+    alternative_tokens: list[AlternativeToken] | None = Field(
+        default=None, exclude_if=_is_none, description="With return_k_alternatives."
+    )
 
 
 class StreamDetails(BaseModel):
@@ -163,11 +240,31 @@ class StreamDetails(BaseModel):
     mode: Mode
 
 
-class Details(StreamDetails):
+class SequenceTokens(BaseModel):
+    """Every token of a sequence."""
+
+    prefill: list[PrefillToken] = Field(description="The prompt's tokens, with decoder_input_details.")
+    tokens: list[TokenOut]
+    top_tokens: list[list[TokenOut]] | None = Field(
+        default=None, exclude_if=_is_none, description="The most probable tokens in the place of each, with top_n_tokens."
+    )
+
+
+class BestOfSequence(SequenceTokens):
+    """An answer that was not the best."""
+
+    generated_text: str
+    finish_reason: FinishReason
+    generated_tokens: int
+    seed: int = Field(description="Alone, with this seed, the same text.")
+
+
+class Details(StreamDetails, SequenceTokens):
     """The same with every token."""
 
-    prefill: list[Any] = Field(default_factory=list, description="Always empty.")
-    tokens: list[TokenOut]
+    best_of_sequences: list[BestOfSequence] | None = Field(
+        default=None, exclude_if=_is_none, description="The other answers, with best_of."
+    )
 
 
 class GenerateResponse(BaseModel):
@@ -181,6 +278,7 @@ class StreamResponse(BaseModel):
     """One event of a stream; text and details come with the last."""
 
     token: TokenOut
+    top_tokens: list[TokenOut] | None = Field(default=None, exclude_if=_is_none, description="With top_n_tokens.")
     generated_text: str | None = None
     details: StreamDetails | None = None
 
