@@ -22,7 +22,11 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("tokens", "service.engine", "filters random_numbers token_counts sampling vocabulary stops text"),
     ("runner", "service.engine", "ticket runner model_check planner"),
     ("engine", "service.engine", "engine fake_engine"),
-    ("around the engine", "service.http", "error_table metrics registry limits tenants services stream fan_out tracking uploads"),
+    (
+        "around the engine",
+        "service.http",
+        "error_table metrics registry limits tenants services stream fan_out tracking uploads",
+    ),
     ("requests", "service.http", "not_served schemas selection validation_text arrival generation answers"),
     ("asgi", "service.http", "refusals auth middleware disconnect connection"),
     ("routes", "service.http", "routes_common routes_adapters routes_generate routes_openai routes_ops"),

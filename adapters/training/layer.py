@@ -55,19 +55,22 @@ class NestedLoRA(nn.Module):
         Raises:
             InvalidAdapter: `x` is neither, so that it can't be told which row has which rank.
         """
-        if self.row_scales is not None:
-            a, b, scale = self.lora_a, self.lora_b, 1.0
-        else:
-            a, b, scale = *self._selected(), self.config.scale(self.rank)
+        a, b = self._selected()
         low = functional.linear(self.dropout(x).to(a.dtype), a)  # [..., rank]
+        scale = self.config.scale(self.rank)
         if self.row_scales is not None:
-            low = low * _spread(self.row_scales, low.shape)
+            low, scale = low * _spread(self.row_scales, low.shape), 1.0
         update = functional.linear(low, b)  # [..., out]
         out: Tensor = self.base(x)
         return torch.add(out, update.to(out.dtype), alpha=scale)
 
     def _selected(self) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and B [out, rank] at the selected rank, what the update rule leaves alone cut off from gradients."""
+        """A [rank, in] and B [out, rank] at the selected rank, what the update rule leaves alone cut off from gradients.
+
+        Where rows have ranks of their own, all of both: `row_scales` leaves out what a row doesn't use.
+        """
+        if self.row_scales is not None:
+            return self.lora_a, self.lora_b
         a, b = self.lora_a[: self.rank], self.lora_b[:, : self.rank]
         first, _ = self.update.rows(self.rank)
         if not (first and self.training):
