@@ -96,12 +96,15 @@ def test_greedy_with_a_penalty_is_transformers_generate(parameters: dict[str, An
         assert len(expected) > 12
 
 
+@pytest.mark.parametrize("is_known", [False, True], ids=["new prompt", "prompt in the prefix cache"])
 @pytest.mark.parametrize("options", [None, TIGHT], ids=["whole", "in chunks"])
-def test_prompt_logprobs_and_alternatives_are_the_models_own(options: EngineOptions | None) -> None:
+def test_prompt_logprobs_and_alternatives_are_the_models_own(options: EngineOptions | None, is_known: bool) -> None:
     prompt = (40, 3, 77, 12, 40, 5, 9, 31, 2, 60, 61, 62)
     model = tiny_model("llama")
     sampling = SamplingParams(max_new_tokens=4, prompt_logprobs=True, alternatives=3, do_sample=True, temperature=2.0, seed=1)
     with running_engine(model, options=options) as engine:
+        if is_known:
+            generate(engine, [request(replace(sampling, prompt_logprobs=False), prompt=prompt)])
         client = generate(engine, [request(sampling, prompt=prompt)])[0]
     ids = torch.tensor([[*prompt, *client.tokens]])
     reference = tiny_model("llama")(ids).logits[0].log_softmax(-1)  # [tokens, vocabulary]
