@@ -100,7 +100,7 @@ def test_training_lowers_the_loss_at_rank_1_and_at_r_max_and_leaves_the_base(tmp
     before = {name: value.clone() for name, value in model.state_dict().items()}
     base_loss = completion_loss(model, pairs)
     config = replace(CONFIG, sandwich=sandwich)
-    train_dylora(model, pairs, config, replace(SETTINGS, max_steps=60, per_device_train_batch_size=8), tmp_path)
+    train_dylora(model, pairs, config, replace(SETTINGS, max_steps=40, per_device_train_batch_size=8), tmp_path)
     losses = []
     for rank in (1, CONFIG.r_max):
         set_rank(model, rank)
@@ -195,7 +195,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
 
 
 def test_bf16_trains_to_nearly_what_float32_does_and_keeps_float32_factors(tmp_path: Path) -> None:
-    settings, losses = replace(SETTINGS, max_steps=40, per_device_train_batch_size=8), []
+    settings, losses = replace(SETTINGS, max_steps=25, per_device_train_batch_size=8), []
     for bf16 in (False, True):
         model = tiny_model("llama").to(torch.bfloat16 if bf16 else torch.float32)
         adapter = train_dylora(model, copying_pairs(), CONFIG, replace(settings, bf16=bf16), tmp_path / str(bf16))
