@@ -7,7 +7,7 @@ sentences come apart, and no label is read.
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +31,11 @@ class BaseName(StrEnum):
     CAUSAL = "causal"
     ENCODER = "encoder"
 
+
+PRETRAININGS: dict[BaseName, Callable[[Corpus, BaseRecipe], Pretraining[Any]]] = {
+    BaseName.CAUSAL: causal_pretraining,
+    BaseName.ENCODER: encoder_pretraining,
+}
 
 RECIPES = {
     BaseName.CAUSAL: BaseRecipe(
@@ -60,8 +65,7 @@ def make_base(name: BaseName, corpus: Corpus, folder: Path, recipe: BaseRecipe) 
     """Train one base and write it to `folder`, in fp32; goes on from a checkpoint there, and does nothing where all is done."""
     if (folder / "model.safetensors").exists():
         return
-    pretraining: Pretraining[Any]
-    pretraining = causal_pretraining(corpus, recipe) if name is BaseName.CAUSAL else encoder_pretraining(corpus, recipe)
+    pretraining = PRETRAININGS[name](corpus, recipe)
     held_out = list(itertools.islice(pretraining.batches(corpus.held_out, 0), HELD_OUT_BATCHES))
     checkpoint = folder / "checkpoint.safetensors"
     pretrain(

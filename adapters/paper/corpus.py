@@ -13,7 +13,6 @@ from pathlib import Path
 from adapters.data.e2e import read_e2e
 from adapters.data.text_file import read_text
 
-
 Group = tuple[str, ...]
 """Texts that belong together: the references of one meaning, the two sentences of a pair; or one alone."""
 

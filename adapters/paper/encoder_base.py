@@ -87,9 +87,8 @@ def _tokenizer(corpus: Corpus, recipe: BaseRecipe) -> PreTrainedTokenizerFast:
     texts = (text.lower() for group in corpus.groups for one in group for text in (one, " " + one))
     bpe = train_byte_bpe(texts, recipe.vocab_size, SPECIAL_TOKENS)
     bpe.normalizer = normalizers.Lowercase()
-    bpe.post_processor = processors.RobertaProcessing(
-        (END, bpe.token_to_id(END)), (BEGIN, bpe.token_to_id(BEGIN)), add_prefix_space=False
-    )
+    ids = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
+    bpe.post_processor = processors.RobertaProcessing((END, ids[END]), (BEGIN, ids[BEGIN]), add_prefix_space=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BEGIN,
