@@ -8,7 +8,8 @@ AdapterError
 ├── AdapterBusy           another upload of the same name is under way
 ├── StoreFull             the store's limit on adapters or bytes is reached
 ├── IllegalRank           a rank that the adapter does not have
-└── DataError             training or evaluation data that can't be read
+├── DataError             training or evaluation data that can't be read
+└── TrainingError         a training that can't start, or that can't go on
 """
 
 from collections.abc import Sequence
@@ -69,3 +70,7 @@ class IllegalRank(AdapterError):
 
 class DataError(AdapterError):
     """Training or evaluation data that can't be read."""
+
+
+class TrainingError(AdapterError):
+    """A training that can't start (settings, model or output folder are no good), or that can't go on."""

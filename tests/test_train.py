@@ -13,11 +13,14 @@ from adapters.evaluation.evaluate import completion_loss
 from adapters.training.dylora import DyLoRAConfig
 from adapters.training.encoding import EncodedPair
 from adapters.training.layer import inject, nested_layers, set_rank
-from adapters.training.trainer import DyLoRATrainer, TrainSettings, train_dylora
+from adapters.training.settings import TrainSettings
+from adapters.training.trainer import DyLoRATrainer, train_dylora
 from tests.tiny_models import tiny_model
 
 CONFIG = DyLoRAConfig(r_max=4, alpha=4.0)
-SETTINGS = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=1, seed=3)
+SETTINGS = TrainSettings(
+    max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=1, seed=3, disable_tqdm=True
+)
 
 
 def copying_pairs(count: int = 32) -> list[EncodedPair]:
@@ -60,7 +63,9 @@ def recorded(folder: Path, config: DyLoRAConfig, settings: TrainSettings) -> tup
 
 
 def test_one_rank_is_drawn_per_optimiser_step_for_all_layers_and_micro_batches(tmp_path: Path) -> None:
-    steps, layers = recorded(tmp_path, CONFIG, replace(SETTINGS, steps=8, batch_size=2, accumulation=4))
+    steps, layers = recorded(
+        tmp_path, CONFIG, replace(SETTINGS, max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    )
     assert [len(ranks) for ranks in steps] == [4 * layers] * 8
     assert [set(ranks) for ranks in steps] == [{CONFIG.draw(SETTINGS.seed, step)} for step in range(8)]
     assert len({ranks[0] for ranks in steps}) > 1
@@ -68,8 +73,8 @@ def test_one_rank_is_drawn_per_optimiser_step_for_all_layers_and_micro_batches(t
 
 def test_sandwich_runs_every_micro_batch_at_full_rank_and_at_the_drawn_one(tmp_path: Path) -> None:
     config = replace(CONFIG, sandwich=True)
-    steps, layers = recorded(tmp_path, config, replace(SETTINGS, batch_size=2, accumulation=2))
-    expected = [sorted([*config.passes(SETTINGS.seed, step)] * 2 * layers) for step in range(SETTINGS.steps)]
+    steps, layers = recorded(tmp_path, config, replace(SETTINGS, per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    expected = [sorted([*config.passes(SETTINGS.seed, step)] * 2 * layers) for step in range(SETTINGS.max_steps or 0)]
     assert [sorted(ranks) for ranks in steps] == expected
 
 
@@ -81,7 +86,7 @@ def test_the_same_seed_repeats_a_run_exactly_and_another_does_not(tmp_path: Path
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, dropout: float) -> None:
-    config, settings = replace(CONFIG, dropout=dropout), replace(SETTINGS, checkpoint_steps=2)
+    config, settings = replace(CONFIG, dropout=dropout), replace(SETTINGS, save_steps=2)
     whole = run(tmp_path / "run", config, settings)
     last = tmp_path / "run" / "checkpoint-6"
     for file in last.iterdir():  # as if it had been stopped after step 4
@@ -91,9 +96,9 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, dro
 
 
 def test_a_checkpoint_holds_no_base_and_another_rank_refuses_it(tmp_path: Path) -> None:
-    run(tmp_path, settings=replace(SETTINGS, checkpoint_steps=6))
+    run(tmp_path, settings=replace(SETTINGS, save_steps=6))
     files = {file.name for file in (tmp_path / "checkpoint-6").iterdir()}
-    assert "factors.safetensors" in files and "model.safetensors" not in files
+    assert "trained.safetensors" in files and "model.safetensors" not in files
     with pytest.raises(InvalidAdapter, match=r"has shape \(4, 32\) in the checkpoint, \(2, 32\) in the model"):
         run(tmp_path, DyLoRAConfig(r_max=2), resume=True)
 
@@ -104,7 +109,7 @@ def test_training_lowers_the_loss_at_rank_1_and_at_r_max_and_leaves_the_base(tmp
     before = {name: value.clone() for name, value in model.state_dict().items()}
     base_loss = completion_loss(model, pairs)
     config = replace(CONFIG, sandwich=sandwich)
-    train_dylora(model, pairs, config, replace(SETTINGS, steps=60, batch_size=8), tmp_path)
+    train_dylora(model, pairs, config, replace(SETTINGS, max_steps=60, per_device_train_batch_size=8), tmp_path)
     losses = []
     for rank in (1, CONFIG.r_max):
         set_rank(model, rank)

@@ -5,6 +5,7 @@ Nothing here or in what it imports may import torch: help and usage errors come 
 
 from typing import Any
 
+from adapters.commands import train
 from adapters.commands.command import Command
 
-COMMANDS: tuple[Command[Any], ...] = ()
+COMMANDS: tuple[Command[Any], ...] = (train.COMMAND,)

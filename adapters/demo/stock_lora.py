@@ -7,8 +7,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from adapters.training.checkpoints import last_checkpoint
 from adapters.training.encoding import EncodedPair
-from adapters.training.trainer import PairTrainer, TrainSettings, last_checkpoint, padding_id
+from adapters.training.settings import TrainSettings
+from adapters.training.trainer import PairTrainer, padding_id
 
 
 def train_stock_lora(

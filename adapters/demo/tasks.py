@@ -10,7 +10,7 @@ from adapters.data.e2e import read_e2e, reversed_pairs, spaced
 from adapters.data.example import Example
 from adapters.evaluation.evaluate import BLEU, SLOT_COVERAGE, SLOT_F1, TextMetric
 from adapters.training.dylora import DyLoRAConfig, RankDistribution
-from adapters.training.trainer import OptimizerName, TrainSettings
+from adapters.training.settings import OptimizerName, TrainSettings
 
 R_MAX = 16
 LORA_ALPHA = 32
@@ -75,12 +75,12 @@ _STEPS = {AdapterName.MR_TO_TEXT: 2600, AdapterName.TEXT_TO_MR: 550, AdapterName
 def settings_of(name: AdapterName, steps: int | None = None) -> TrainSettings:
     """How long and how hard."""
     return TrainSettings(
-        steps=steps or _STEPS[name],
-        batch_size=16,
+        max_steps=steps or _STEPS[name],
+        per_device_train_batch_size=16,
         learning_rate=4e-3,
         warmup_steps=25,
-        checkpoint_steps=100,
-        optimizer=OptimizerName.MUON,
+        save_steps=100,
+        optim=OptimizerName.MUON,
     )
 
 

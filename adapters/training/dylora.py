@@ -7,7 +7,9 @@ from enum import StrEnum
 
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
-from adapters.training.layer import ALL_LINEAR
+
+ALL_LINEAR = "all-linear"
+"""Target every linear module but the output head."""
 
 
 class RankDistribution(StrEnum):
@@ -25,6 +27,12 @@ class UpdateRule(StrEnum):
 
     FULL = "full"
     """All of 1..b."""
+    FROZEN = "frozen"
+    """Only b itself; all others stay as they are, to the bit. Needs an optimiser that keeps to that: see `row_adamw`."""
+
+    def rows(self, rank: int) -> tuple[int, int]:
+        """Rows of A and columns of B, from the first up to but without the second, that a step at `rank` moves."""
+        return (rank - 1 if self is UpdateRule.FROZEN else 0), rank
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class DyLoRAConfig:
                 problems.append(f"weights must be {len(legal)} numbers, none negative, not all 0; one for each rank")
         elif self.weights:
             problems.append("weights are given, but distribution is not 'weights'")
+        if self.sandwich and self.update is UpdateRule.FROZEN:
+            problems.append("sandwich trains two ranks in a step, update 'frozen' one row: choose one of them")
         if problems:
             raise InvalidAdapter(problems)
 

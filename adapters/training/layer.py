@@ -11,9 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.adapter import Adapter, LowRank
 from adapters.config import AdapterConfig
 from adapters.errors import InvalidAdapter
-
-ALL_LINEAR = "all-linear"
-"""Target every linear module but the output head."""
+from adapters.training.dylora import ALL_LINEAR, UpdateRule
 
 OUTPUT_HEADS = frozenset({"lm_head"})
 """Modules that are never adapted: they may share their weight with the input embedding."""
@@ -24,52 +22,71 @@ class NestedLoRA(nn.Module):
 
     Rank b is exactly b rows of A and b columns of B (arXiv 2210.07558, section 4.1; the authors' released code takes
     b + 1). A starts Kaiming uniform with a = sqrt(5), as theirs does, and B at zero, so that a new layer changes
-    nothing.
+    nothing. The factors are float32 whatever the base's weights are: half precision, or packed by bitsandbytes.
 
     Attributes:
         rank: the selected rank, r_max at first.
+        update: which rows of A and columns of B get a gradient at the selected rank.
     """
 
     def __init__(self, base: nn.Linear | Conv1D, config: AdapterConfig, dropout: float = 0.0) -> None:
         super().__init__()
         in_features, out_features = _features(base)
-        weight = base.weight
+        device = base.weight.device
         self.base = base.requires_grad_(False)
         self.config = config
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_a = nn.Parameter(weight.new_empty(config.r_max, in_features))  # [r_max, in]
-        self.lora_b = nn.Parameter(weight.new_zeros(out_features, config.r_max))  # [out, r_max]
+        self.lora_a = nn.Parameter(torch.empty(config.r_max, in_features, device=device, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.zeros(out_features, config.r_max, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.rank = config.r_max
+        self.update = UpdateRule.FULL
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in] to [..., out] at the selected rank."""
-        low = functional.linear(self.dropout(x), self.lora_a[: self.rank])  # [..., rank]
-        update = functional.linear(low, self.lora_b[:, : self.rank])  # [..., out]
+        a, b = self._selected()
+        low = functional.linear(self.dropout(x).to(a.dtype), a)  # [..., rank]
+        update = functional.linear(low, b)  # [..., out]
         out: Tensor = self.base(x)
-        return out + self.config.scale(self.rank) * update
+        return torch.add(out, update.to(out.dtype), alpha=self.config.scale(self.rank))
+
+    def _selected(self) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] at the selected rank, what the update rule leaves alone cut off from gradients."""
+        a, b = self.lora_a[: self.rank], self.lora_b[:, : self.rank]
+        first, _ = self.update.rows(self.rank)
+        if not (first and self.training):
+            return a, b
+        return torch.cat((a[:first].detach(), a[first:])), torch.cat((b[:, :first].detach(), b[:, first:]), dim=1)
 
 
 def inject(
-    model: nn.Module, config: AdapterConfig, targets: Sequence[str] | str = ALL_LINEAR, dropout: float = 0.0
+    model: nn.Module,
+    config: AdapterConfig,
+    targets: Sequence[str] | str = ALL_LINEAR,
+    dropout: float = 0.0,
+    trained_whole: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Freeze `model` and put a NestedLoRA in the place of each target, in place.
 
     Args:
-        model: any module tree of nn.Linear or transformers' Conv1D.
+        model: any module tree of nn.Linear (also those of bitsandbytes) or transformers' Conv1D.
         config: kind DYLORA; its `scale` is what the layers use.
         targets: suffixes of module paths (`q_proj`, `self_attn.q_proj`), or "all-linear". An output head is never a
             target of "all-linear".
         dropout: probability, on the input of A.
+        trained_whole: paths of modules that stay trainable as they are, and are no targets of "all-linear".
 
     Returns:
         the adapted paths, in the model's order.
 
     Raises:
-        InvalidAdapter: a suffix matches nothing, or something that isn't linear; lists every offender.
+        InvalidAdapter: a suffix matches nothing, or something that isn't linear, or there is no target at all; lists
+            every offender.
     """
-    paths = target_paths(model, targets)
+    paths = target_paths(model, targets, trained_whole)
     model.requires_grad_(False)
+    for path in trained_whole:
+        model.get_submodule(path).requires_grad_(True)
     for path in paths:
         parent, _, name = path.rpartition(".")
         base = model.get_submodule(path)
@@ -78,17 +95,21 @@ def inject(
     return paths
 
 
-def target_paths(model: nn.Module, targets: Sequence[str] | str) -> tuple[str, ...]:
+def target_paths(model: nn.Module, targets: Sequence[str] | str, trained_whole: Sequence[str] = ()) -> tuple[str, ...]:
     """The module paths that `targets` names; `inject` says what may be named, and what is raised."""
     modules = dict(model.named_modules())
     linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    heads = [p for p in modules if p.rpartition(".")[2] in OUTPUT_HEADS or _is_inside(p, trained_whole)]
     if targets == ALL_LINEAR:
-        return tuple(path for path in linear if path.rpartition(".")[2] not in OUTPUT_HEADS)
+        every = tuple(path for path in linear if path not in heads)
+        if not every:
+            raise InvalidAdapter([f"{type(model).__name__} has no linear layer to adapt (Linear or Conv1D)"])
+        return every
     suffixes = (targets,) if isinstance(targets, str) else tuple(targets)
     chosen = [path for path in modules if any(_ends_with(path, suffix) for suffix in suffixes)]
     problems = [f"target {s!r} matches no module" for s in suffixes if not any(_ends_with(p, s) for p in modules)]
     problems += [f"{p} is {type(modules[p]).__name__}, not Linear or Conv1D" for p in chosen if p not in linear]
-    problems += [f"{p} is an output head" for p in chosen if p.rpartition(".")[2] in OUTPUT_HEADS]
+    problems += [f"{p} is an output head" for p in chosen if p in heads]
     if problems:
         raise InvalidAdapter(problems)
     return tuple(chosen)
@@ -141,6 +162,12 @@ def write_adapter(model: nn.Module, adapter: Adapter) -> None:
     if problems:
         raise InvalidAdapter(problems)
     inject(model, adapter.config, tuple(adapter.modules))
+    parameters = dict(model.named_parameters())
+    for name, value in adapter.saved_modules.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            problems.append(f"{name} of shape {tuple(value.shape)} is not a parameter of the model")
+            continue
+        parameters[name].copy_(value)
     for path, layer in nested_layers(model):
         low_rank = adapter.modules[path]
         found, expected = (low_rank.a.shape, low_rank.b.shape), (layer.lora_a.shape, layer.lora_b.shape)
@@ -155,6 +182,10 @@ def write_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 def _ends_with(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith("." + suffix)
+
+
+def _is_inside(path: str, modules: Sequence[str]) -> bool:
+    return any(path == module or path.startswith(module + ".") for module in modules)
 
 
 def _features(base: nn.Linear | Conv1D) -> tuple[int, int]:

@@ -1,131 +1,208 @@
 """DyLoRA on transformers' Trainer (arXiv 2210.07558): one rank for all layers and micro-batches of a step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
+from transformers.integrations import TensorBoardCallback
 
 from adapters.adapter import Adapter
-from adapters.errors import InvalidAdapter
+from adapters.config import AdapterConfig
+from adapters.errors import TrainingError
+from adapters.training.arguments import training_arguments
+from adapters.training.checkpoints import COMPLETE_FILE, last_checkpoint, load_trained, save_trained, trained_tensors
 from adapters.training.dylora import DyLoRAConfig
-from adapters.training.encoding import EncodedPair, LikeLengths, PairDataset, RightPad
-from adapters.training.layer import factors, inject, read_adapter, set_rank
-from adapters.training.muon import Muon
-
-FACTORS_FILE = "factors.safetensors"
-"""The part of a Trainer checkpoint that holds A and B; the base is never written."""
-
-
-class OptimizerName(StrEnum):
-    """What moves the factors."""
-
-    ADAMW = "adamw"
-    MUON = "muon"
-    """Not in the paper; `adapters.training.muon`. A and B are matrices, each moved as one."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How long and how hard to train: linear warm-up, then cosine to zero.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: pairs in a micro-batch.
-        accumulation: micro-batches in an optimiser step.
-        warmup_steps: steps of linear warm-up.
-        checkpoint_steps: steps between checkpoints; 0 writes none.
-    """
-
-    steps: int
-    batch_size: int = 16
-    accumulation: int = 1
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
-    warmup_steps: int = 50
-    max_grad_norm: float = 1.0
-    checkpoint_steps: int = 0
-    optimizer: OptimizerName = OptimizerName.ADAMW
-    seed: int = 0
+from adapters.training.encoding import LikeLengths
+from adapters.training.heads import is_classifier, modules_to_train
+from adapters.training.layer import inject, nested_layers, read_adapter, set_rank
+from adapters.training.optimizers import muon, row_adamw
+from adapters.training.row_adamw import RowAdamW
+from adapters.training.row_losses import row_losses
+from adapters.training.rows import Rows, training_data
+from adapters.training.settings import OptimizerName, ReportTo, TrainSettings
 
 
 def train_dylora(
     model: PreTrainedModel,
-    pairs: Sequence[EncodedPair],
+    rows: Rows,
     config: DyLoRAConfig,
     settings: TrainSettings,
     folder: Path,
     base_model: str | None = None,
     resume: bool = False,
+    eval_rows: Rows = (),
 ) -> Adapter:
     """Train a nested adapter on `model`, whose linear layers are wrapped in place and stay wrapped.
 
     Args:
-        model: a causal language model, in fp32.
+        model: a causal language model or a classifier, whose head is then trained whole.
         folder: for checkpoints.
         base_model: the base's name, as the adapter is to state it.
         resume: go on from the last checkpoint in `folder`, if there is one.
+        eval_rows: measured every `eval_steps`.
 
     Raises:
         InvalidAdapter: the targets don't fit the model, or the checkpoint doesn't fit the targets.
+        TrainingError: the settings don't fit the config, or the loss is no longer finite.
     """
-    torch.manual_seed(settings.seed)
-    inject(model, config.adapter_config(base_model), config.targets, config.dropout)
-    trainer = DyLoRATrainer(config, model, pairs, settings, folder)
+    prepare(model, config, settings.seed)
+    trainer = DyLoRATrainer(config, model, rows, settings, folder, eval_rows)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
+    return trained_adapter(model, config.adapter_config(base_model))
+
+
+def prepare(model: PreTrainedModel, config: DyLoRAConfig, seed: int, missing: Sequence[str] = ()) -> None:
+    """Freeze the model but for its head, and wrap its targets in fresh layers.
+
+    Args:
+        missing: names of the parameters that the base's checkpoint lacked; see `modules_to_train`.
+    """
+    torch.manual_seed(seed)
+    whole = modules_to_train(model, missing)
+    for path in whole:
+        model.get_submodule(path).float()  # what is trained is float32, as the factors are
+    inject(model, config.adapter_config(), config.targets, config.dropout, whole)
+    for _, layer in nested_layers(model):
+        layer.update = config.update
+
+
+def trained_adapter(model: PreTrainedModel, config: AdapterConfig) -> Adapter:
+    """Copy what was trained out of the model, as an adapter.
+
+    Raises:
+        TrainingError: some of it is NaN or infinite; names the first.
+    """
     set_rank(model, config.r_max)
-    return read_adapter(model, config.adapter_config(base_model))
+    adapter = read_adapter(model, config)
+    tensors = trained_tensors(model)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise TrainingError(f"{name} is no longer finite after the last step; {_LOWER_THE_RATE}")
+    paths = {f"{path}.{name}" for path, _ in nested_layers(model) for name in ("lora_a", "lora_b")}
+    saved = {name: tensor.cpu().clone() for name, tensor in tensors.items() if name not in paths}
+    task = "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM"
+    training: dict[str, object] = {"task_type": task}
+    if saved:
+        training["modules_to_save"] = sorted({_listed(name) for name in saved})
+    return Adapter(adapter.config, adapter.modules, saved_modules=saved, training=training)
+
+
+def _listed(parameter: str) -> str:
+    """How PEFT lists the module that a saved parameter is of: a head by its own name, whatever it is made of."""
+    head, _, rest = parameter.partition(".")
+    return head if head in ("classifier", "score") or "." not in rest else parameter.rpartition(".")[0]
+
+
+_LOWER_THE_RATE = "try a lower learning_rate, more warmup_steps, or a max_grad_norm of 1"
+
+
+class CheckpointEnd(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint as whole once all processes have written their part of it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the mark."""
+        self._trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
+
+
+def tensorboard(folder: Path) -> TrainerCallback:
+    """Writes the log for TensorBoard into `folder`. Raises TrainingError where TensorBoard isn't installed."""
+    if find_spec("tensorboard") is None:
+        raise TrainingError("report_to tensorboard needs tensorboard: pip install 'dylora-serve[train]'")
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(folder)  # its own choice has the machine's name in it
+    return callback
 
 
 class PairTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer on encoded pairs, in random batches of like length."""
+    """transformers' Trainer on encoded rows, in random batches of like length; it stops where the loss isn't finite."""
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
-        self, model: nn.Module, pairs: Sequence[EncodedPair], settings: TrainSettings, folder: Path, pad_token_id: int = 0
+        self,
+        model: nn.Module,
+        rows: Rows,
+        settings: TrainSettings,
+        folder: Path,
+        pad_token_id: int = 0,
+        eval_rows: Rows = (),
     ) -> None:
+        if settings.eval_steps is not None and not eval_rows:
+            raise TrainingError("eval_steps is given, but there is no evaluation data")
+        data = training_data(rows, pad_token_id)
         super().__init__(
             model=model,
             args=training_arguments(settings, folder),
-            train_dataset=PairDataset(pairs),
-            data_collator=RightPad(pad_token_id),
+            train_dataset=data.dataset,
+            data_collator=data.collate,
+            eval_dataset=training_data(eval_rows, pad_token_id).dataset if eval_rows else None,
         )
-        self._lengths = [len(pair.prompt) + len(pair.completion) for pair in pairs]
+        self.add_callback(CheckpointEnd(self))
+        if settings.report_to is ReportTo.TENSORBOARD:
+            self.add_callback(tensorboard(folder / "logs"))
+        self._lengths = data.lengths
         self._settings = settings
         self._module = model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's AdamW, or Muon on everything that is trained."""
-        if self._settings.optimizer is OptimizerName.ADAMW:
-            adamw: torch.optim.Optimizer = super().create_optimizer(model)
-            return adamw
-        trained = [p for p in self._module.parameters() if p.requires_grad]
-        self.optimizer = Muon(trained, self._settings.learning_rate, weight_decay=self._settings.weight_decay)
-        return self.optimizer
+        """Trainer's AdamW, or one of ours, on everything that is trained."""
+        if self.optimizer is None and self._settings.optim is OptimizerName.MUON:
+            self.optimizer = muon(self._module, self._settings)
+        elif self.optimizer is None and self._settings.optim is OptimizerName.ROW_ADAMW:
+            self.optimizer = row_adamw(self._module, self._settings)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # keeps one that is there
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Trainer's step on one micro-batch. Raises TrainingError if its loss is NaN or infinite."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            raise TrainingError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; {_LOWER_THE_RATE}")
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
         return LikeLengths(self._lengths, self.args.per_device_train_batch_size, self.args.seed)
 
 
 class DyLoRATrainer(PairTrainer):
-    """Selects the step's rank before each pass, and checkpoints the factors only."""
+    """Selects the step's rank before each pass, evaluates at several ranks, and checkpoints only what is trained."""
 
     def __init__(
         self,
         config: DyLoRAConfig,
         model: PreTrainedModel,
-        pairs: Sequence[EncodedPair],
+        rows: Rows,
         settings: TrainSettings,
         folder: Path,
+        eval_rows: Rows = (),
     ) -> None:
-        super().__init__(model, pairs, settings, folder, padding_id(model))
+        settings.check_fits(config)
+        # Trainer refuses a quantised model unless it has an adapter, of which this is transformers' mark.
+        model._hf_peft_config_loaded = getattr(model, "is_quantized", False)
+        super().__init__(model, rows, settings, folder, padding_id(model), eval_rows)
         self._dylora = config
+        self._eval_ranks = settings.ranks_to_evaluate(config)
+        self._layers = [layer for _, layer in nested_layers(model)]
+        self._rows: RowAdamW | None = None
         self._share = 1.0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As PairTrainer's; an optimiser by row is kept at hand, to be told the rows of each step."""
+        optimizer = super().create_optimizer(model)
+        self._rows = optimizer if isinstance(optimizer, RowAdamW) else None
+        return optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -133,78 +210,63 @@ class DyLoRATrainer(PairTrainer):
         """Run and differentiate the micro-batch once at each of the step's ranks; returns the mean loss."""
         # global_step moves once per optimiser step: every micro-batch of the step sees the same ranks.
         ranks = self._dylora.passes(self.args.seed, self.state.global_step)
+        if self._rows is not None:
+            self._rows.select_rows(*self._dylora.update.rows(max(ranks)))
         self._share = 1 / len(ranks)
         losses = []
         for rank in ranks:
-            set_rank(model, rank)
+            for layer in self._layers:  # set_rank would search the whole model for them, in every pass
+                layer.rank = rank
             # Trainer's step goes backward too, while the rank still holds: gradient checkpointing runs forward again.
             losses.append(super().training_step(model, inputs, num_items_in_batch))
-        return torch.stack(losses).sum()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's loss: in training this pass's share of the step's, else that of full rank."""
-        if model.training:
-            loss: Tensor = super().compute_loss(model, *args, **kwargs)
-            return loss * self._share
-        set_rank(model, self._dylora.r_max)
-        return super().compute_loss(model, *args, **kwargs)
+        """Trainer's loss: this pass's share of the step's."""
+        loss: Tensor = super().compute_loss(model, *args, **kwargs)
+        return loss if self._share == 1 else loss * self._share
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure and log the loss, and a classifier's accuracy, at each of the settings' ranks.
+
+        The loss is in nats per completion token, or per text, over the whole data whatever the batches and processes.
+
+        Returns:
+            `eval_rank_4_loss`, `eval_rank_4_accuracy` and so on.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics: dict[str, float] = {}
+        for rank in self._eval_ranks:
+            set_rank(self._module, rank)
+            loss, count, correct = self._totals(dataset)
+            metrics[f"{metric_key_prefix}_rank_{rank}_loss"] = loss / count
+            if is_classifier(self._module):
+                metrics[f"{metric_key_prefix}_rank_{rank}_accuracy"] = correct / count
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _totals(self, dataset: Any) -> tuple[float, float, float]:
+        """Loss, tokens (or texts) and hits over `dataset`, from all processes; each row counts once."""
+        self._module.eval()
+        totals = torch.zeros(3, dtype=torch.float64)
+        for batch in self.get_eval_dataloader(dataset):
+            inputs = self._prepare_inputs(batch)
+            labels = inputs.pop("labels")
+            with self.accelerator.autocast():
+                logits = self._module(**inputs).logits
+            totals += self.accelerator.gather_for_metrics(row_losses(logits, labels)).sum(0).double().cpu()
+        loss, count, correct = totals.tolist()
+        return loss, count, correct
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.contiguous() for name, t in factors(self._module).items()}, folder / FACTORS_FILE)
+        save_trained(self._module, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_factors(model or self._module, Path(resume_from_checkpoint) / FACTORS_FILE)
-
-
-@torch.no_grad()
-def load_factors(model: nn.Module, file: Path) -> None:
-    """Read A and B of every layer back from a checkpoint.
-
-    Raises:
-        InvalidAdapter: it is of other layers or other shapes; lists every offender.
-    """
-    stored, own = load_file(file), factors(model)
-    problems = [f"{name} is in only one of checkpoint and model" for name in sorted(stored.keys() ^ own.keys())]
-    problems += [
-        f"{name} has shape {tuple(stored[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the model"
-        for name in sorted(stored.keys() & own.keys())
-        if stored[name].shape != own[name].shape
-    ]
-    if problems:
-        raise InvalidAdapter(problems)
-    for name, value in own.items():  # detached, but of the same storage
-        value.copy_(stored[name])
-
-
-def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
-    """Trainer's own settings."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_steps,
-        save_strategy="steps" if settings.checkpoint_steps else "no",
-        save_steps=settings.checkpoint_steps or 500,
-        save_total_limit=2,
-        logging_steps=max(1, settings.steps // 40),
-        seed=settings.seed,
-        data_seed=settings.seed,
-        report_to="none",
-        dataloader_pin_memory=False,
-    )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest Trainer checkpoint in `folder`, None if there is none."""
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return found
+        load_trained(model or self._module, Path(resume_from_checkpoint))
 
 
 def padding_id(model: PreTrainedModel) -> int:

@@ -1,0 +1,161 @@
+"""The base of a training: loaded for its task, in full precision or packed by bitsandbytes, with its tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from adapters.data.example import Task
+from adapters.errors import TrainingError
+from adapters.training.heads import modules_to_train
+
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model to adapt.
+
+    Attributes:
+        model: for its task.
+        tokenizer: its own.
+        missing: names of the parameters that the checkpoint lacked, so that they are random now.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the base's weights are held; the factors are float32 in any case.
+
+    Attributes:
+        bf16: in bfloat16, else in float32.
+        load_in_4bit: packed in NF4 with double quantisation (arXiv 2305.14314), computing in what `bf16` says.
+        load_in_8bit: packed in int8 (arXiv 2208.07339).
+    """
+
+    bf16: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+
+    def loading_options(self, device: torch.device) -> dict[str, Any]:
+        """Arguments for `from_pretrained`. Raises TrainingError where bitsandbytes is needed and isn't there."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return {"dtype": dtype}
+        if self.load_in_4bit and self.load_in_8bit:
+            raise TrainingError("load_in_4bit and load_in_8bit are both given; choose one of them")
+        if find_spec("bitsandbytes") is None:
+            raise TrainingError(
+                "load_in_4bit and load_in_8bit need bitsandbytes, which is not installed: "
+                "pip install 'dylora-serve[train,quantized]'"
+            )
+        packed = BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        return {"dtype": dtype, "quantization_config": packed, "device_map": {"": device}}
+
+
+def load_base(
+    name: str,
+    task: Task,
+    labels: Sequence[str] = (),
+    *,
+    precision: Precision,
+    device: torch.device,
+    seed: int = 0,
+) -> Base:
+    """Load a model for `task`, and its tokenizer.
+
+    Args:
+        name: a folder, or a name on the Hugging Face hub.
+        labels: a classifier's classes, in order.
+        device: where a packed model goes; any other is left to Trainer.
+        seed: of a classifier's new head.
+
+    Raises:
+        TrainingError: it can't be loaded, is not made for the task, or lacks weights.
+    """
+    options = precision.loading_options(device)
+    torch.manual_seed(seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if task is Task.CLASSIFICATION:
+            model, info = _load_classifier(name, labels, options)
+        else:
+            _refuse_encoder(name)
+            model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except _LOADING_ERRORS as error:
+        raise TrainingError(f"model {name!r} can't be loaded for {task}: {_first_line(error)}") from error
+    base = Base(model, tokenizer, tuple(sorted(info["missing_keys"])))
+    _refuse_random_weights(name, task, base, [str(key[0]) for key in info["mismatched_keys"]])
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        # A decoder's classifier reads the last token that isn't padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return base
+
+
+def token_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest input, in tokens, that both can take."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    for path, module in model.named_modules():
+        # RoBERTa and its kin count positions from the padding's on.
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= int(module.padding_idx) + 1
+    return int(min(positions, tokenizer.model_max_length))
+
+
+def _load_classifier(name: str, labels: Sequence[str], options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        problem_type="single_label_classification",
+        # A head for other classes is of no use.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    return loaded
+
+
+def _refuse_encoder(name: str) -> None:
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ValueError(f"{config.model_type} reads both ways; causal data needs a model that predicts the next token")
+
+
+def _refuse_random_weights(name: str, task: Task, base: Base, mismatched: Sequence[str]) -> None:
+    """What is random must be trained and saved with the adapter, and only a classifier's new parts are."""
+    whole = modules_to_train(base.model, base.missing)
+    lost = [key for key in (*base.missing, *mismatched) if not any(key.startswith(path + ".") for path in whole)]
+    if lost:
+        shown = ", ".join(sorted(lost)[:3]) + (", ..." if len(lost) > 3 else "")
+        raise TrainingError(f"model {name!r} lacks {len(lost)} of the weights that {task} needs, or has others: {shown}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,103 @@
+"""The folder of a run: what may lie in it at the start, and how the finished adapter gets there."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.adapter import Adapter
+from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE, write_peft
+from adapters.errors import TrainingError
+from adapters.json_file import read_json
+
+CHECKPOINTS = "checkpoints"
+"""Where checkpoints lie inside `--out`, unless told otherwise."""
+
+RUN_FILE = "run.json"
+"""In the folder of checkpoints: what a resumed run must have in common with the one it goes on with."""
+
+_MAX_RUN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes.
+
+    Attributes:
+        out: the finished adapter; nothing there is an adapter until it is whole.
+        checkpoints: the run's own.
+    """
+
+    out: Path
+    checkpoints: Path
+
+    def check(self, resume: bool) -> None:
+        """See whether a run may write here, changing nothing.
+
+        Args:
+            resume: go on with the run that lies here; without one, start it.
+
+        Raises:
+            TrainingError: there is something else already.
+        """
+        for folder in (self.out, self.checkpoints):
+            if folder.exists() and not folder.is_dir():
+                raise TrainingError(f"{folder} is a file; expected a folder, or nothing yet")
+        if (self.checkpoints / RUN_FILE).exists():
+            if not resume:
+                raise TrainingError(f"{self.checkpoints} holds a run already: resume it (--resume), or choose another folder")
+            return
+        for folder in (self.out, self.checkpoints):
+            found = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+            if found:
+                raise TrainingError(f"{folder} is not empty ({', '.join(found[:3])}) and holds no run; choose another folder")
+
+    def open(self, run: Mapping[str, object], resume: bool) -> None:
+        """Make the folders for `run`, or find them as an earlier start of the same run left them.
+
+        Args:
+            run: what makes it this run, in JSON's types.
+            resume: as in `check`, which is done once more.
+
+        Raises:
+            TrainingError: there is something else, or a run that differs; names every difference.
+        """
+        self.check(resume)
+        if (self.checkpoints / RUN_FILE).exists():
+            self._refuse_differences(run)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        _write_whole(self.checkpoints / RUN_FILE, json.dumps(run, indent=2, sort_keys=True) + "\n")
+
+    def _refuse_differences(self, run: Mapping[str, object]) -> None:
+        before = read_json(self.checkpoints / RUN_FILE, max_bytes=_MAX_RUN_BYTES)
+        now = json.loads(json.dumps(run))
+        if not isinstance(before, dict):
+            raise TrainingError(f"{self.checkpoints / RUN_FILE} is not a JSON object")
+        names = sorted(before.keys() | now.keys())
+        different = [f"{n} was {before.get(n)!r}, now {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+        if different:
+            raise TrainingError(f"the run in {self.checkpoints} can't be resumed with other settings: {'; '.join(different)}")
+
+    def publish(self, adapter: Adapter) -> None:
+        """Write the adapter into `out`, its config last: without one no reader takes the folder for an adapter."""
+        unfinished = self.checkpoints / "adapter"
+        write_peft(adapter, unfinished)
+        for name in (TENSORS_FILE, CONFIG_FILE):
+            _move_whole(unfinished / name, self.out / name)
+        shutil.rmtree(unfinished)
+
+
+def _move_whole(source: Path, target: Path) -> None:
+    # Within one file system a rename is whole or not at all; `--checkpoint-dir` may be on another.
+    beside = target.with_name(target.name + ".partial")
+    shutil.move(source, beside)
+    os.replace(beside, target)
+
+
+def _write_whole(target: Path, text: str) -> None:
+    beside = target.with_name(target.name + ".partial")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, target)
