@@ -65,6 +65,13 @@ class AdapterConfig:
             return 1.0
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    @property
+    def ranks_text(self) -> str:
+        """The legal ranks for a reader: "1 to 8" where none is left out, else each of them."""
+        if len(self.ranks) > 2 and len(self.ranks) == self.r_max:
+            return f"1 to {self.r_max}"
+        return ", ".join(map(str, self.ranks))
+
     def check_rank(self, rank: int) -> None:
         """Raise IllegalRank, listing the legal ones, unless `rank` is one of `ranks`."""
         if rank not in self.ranks:

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from adapters.commands.registry import COMMANDS
 from adapters.errors import AdapterError
+from service import keys_command
 from service.core import EngineObserver, EngineProtocol
 from service.errors import ModelRefused
 from service.settings import Settings, SettingsError, variable
@@ -16,6 +17,8 @@ from service.version import VERSION
 
 BAD_USAGE = 2
 """Exit status for settings, models and folders that can't be used."""
+
+_COMMANDS = (*COMMANDS, keys_command.COMMAND)
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
 
@@ -45,9 +48,9 @@ def main(argv: Sequence[str] | None = None, make_engine: EngineFactory | None = 
     options = vars(_parser().parse_args(argv))
     command = options.pop("command")
     try:
-        for library_command in COMMANDS:
-            if library_command.name == command:
-                return library_command.run(library_command.options_of(options))
+        for each in _COMMANDS:
+            if each.name == command:
+                return each.run(each.options_of(options))
         settings = Settings.load(options)
         if command == "settings":
             print(_settings_table(settings))
@@ -77,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         for field, info in Settings.model_fields.items():
             _add_option(command, field, info)
-    for library_command in COMMANDS:
-        library_command.add_to(commands)
+    for each in _COMMANDS:
+        each.add_to(commands)
     return parser
 
 

@@ -186,16 +186,39 @@ class CacheStats:
 
 
 @dataclass(frozen=True)
+class PrefixStats:
+    """Counters of the prefix cache since start.
+
+    Attributes:
+        hits: admissions that found the first blocks of their prompt.
+        misses: admissions that found none.
+        evictions: blocks whose space was needed.
+        reused_tokens: tokens whose keys and values were found instead of computed.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    reused_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class EngineStats:
-    """A snapshot, cheap to take at any time from any thread."""
+    """A snapshot, cheap to take at any time from any thread.
+
+    Blocks that are neither used nor cached are free; a cached one holds a prefix that no request uses, and makes room for
+    any that needs it.
+    """
 
     running: int = 0
     waiting: int = 0
     kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
     kv_blocks_total: int = 0
     resident_adapters: int = 0
     adapter_bytes: int = 0
     merged: CacheStats = field(default_factory=CacheStats)
+    prefix: PrefixStats = field(default_factory=PrefixStats)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,15 @@ ServiceError
 ├── UnsupportedUpload     an upload that is neither multipart nor a zip
 ├── UnknownAdapter        the request names an adapter that is not loaded
 ├── AdapterUnfit          the request names an adapter that is stored but does not fit the base model
+├── NameTaken             a private upload under the name of a shared adapter
+├── NoKey                 no API key, or one that is not valid
+├── WrongScope            the API key is not meant for this
+├── KeyOverLimit          the API key is over its requests in flight or per minute
 ├── NotReady              the server is still loading its adapters
 ├── QueueFull             the bounded queue of waiting requests is full
 ├── Draining              the server is shutting down and takes no new requests
+├── DeadlinePassed        the request took longer than the client or the server allows
+├── SlowReader            the client left too many tokens of its stream unread
 ├── EngineFailed          a step raised; the request is over, the engine goes on
 └── ModelRefused          the base model can't be served; raised at start only, lists every reason
 """
@@ -53,6 +59,39 @@ class AdapterUnfit(ServiceError):
         super().__init__(f"adapter {name[:80]!r} can't be served with this base model: {problem}")
 
 
+class NameTaken(ServiceError):
+    """An upload that shall be private, under the name of an adapter that others use."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name[:80]!r} is a shared adapter, and uploads by this API key are private; choose another name")
+
+
+class NoKey(ServiceError):
+    """The request has no API key, or one that is not valid."""
+
+    def __init__(self, *, was_given: bool) -> None:
+        self.was_given = was_given
+        super().__init__(
+            "the API key is not valid" if was_given else "no API key; send it in the header 'Authorization: Bearer KEY'"
+        )
+
+
+class WrongScope(ServiceError):
+    """The API key is not meant for this."""
+
+    def __init__(self, needed: str) -> None:
+        self.needed = needed
+        super().__init__(f"this API key lacks the scope {needed!r}")
+
+
+class KeyOverLimit(ServiceError):
+    """The API key is over its limit on requests in flight or per minute."""
+
+    def __init__(self, limit: str, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"this API key is over its limit of {limit}; try again in {retry_after_s} s")
+
+
 class NotReady(ServiceError):
     """The server is still loading its adapters."""
 
@@ -72,6 +111,20 @@ class Draining(ServiceError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down and takes no new requests")
+
+
+class DeadlinePassed(ServiceError):
+    """The request took longer than the client or the server allows."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"the request was not complete within {limit_s:g} s and was ended")
+
+
+class SlowReader(ServiceError):
+    """The client left too many tokens of its stream unread."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"more than {limit} tokens of this stream were left unread, and it was ended; read faster")
 
 
 class EngineFailed(ServiceError):

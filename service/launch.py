@@ -13,6 +13,7 @@ from service.engine.model import load_model
 from service.http import server
 from service.http.app import create_app
 from service.http.metrics import Metrics
+from service.http.tenants import Tenants
 from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
@@ -23,10 +24,13 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
 
     Raises:
         ModelRefused: the model can't be served.
-        SettingsError: the adapters' folder can't be used.
+        SettingsError: the adapters' folder or the API keys can't be used.
         AdapterError: another process owns it.
     """
     log.configure(settings.log_level)
+    tenants = Tenants.of(settings)
+    if tenants.is_open:
+        log.logger.info("%s", "no API keys: everybody who can connect may do everything " + log.pairs(host=settings.host))
     with _open_store(settings) as store:
         metrics = Metrics(settings.metrics_max_adapters)
         log.logger.info("%s", "loading model " + log.pairs(model=settings.model))
@@ -35,7 +39,7 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
         log.logger.info("%s", "model loaded " + facts)
         if settings.demo_adapters and settings.model == DEMO_MODEL:
             demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
-        app = create_app(settings, engine, store, metrics)
+        app = create_app(settings, engine, store, metrics, tenants)
         try:
             return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
         finally:
@@ -76,8 +80,10 @@ def real_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
         max_running=settings.max_running_requests,
         max_waiting=settings.max_waiting_requests,
         max_batch_tokens=settings.max_batch_tokens,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
         kv_cache_bytes=settings.kv_cache_bytes,
         kv_block_tokens=settings.kv_block_tokens,
+        prefix_cache=settings.prefix_cache,
         merged_cache_bytes=settings.merged_cache_bytes,
         merge_after_steps=settings.merge_after_steps,
     )

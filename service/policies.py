@@ -1,7 +1,7 @@
 """The rules by which a server may choose a rank, as its configuration names them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar
 
@@ -59,6 +59,21 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class RankBounds:
+    """The ranks that a caller may use, whatever the policy: from `floor` to `ceiling`, None for no bound above."""
+
+    floor: int = 1
+    ceiling: int | None = None
+
+    def of(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        """Those of an adapter's ranks that are allowed."""
+        return tuple(r for r in ranks if r >= self.floor and (self.ceiling is None or r <= self.ceiling))
+
+    def __str__(self) -> str:
+        return f"{self.floor} or more" if self.ceiling is None else f"{self.floor} to {self.ceiling}"
+
+
+@dataclass(frozen=True)
 class PolicyBook:
     """All policies by name, and the one that serves where a request leaves the choice open."""
 
@@ -68,6 +83,14 @@ class PolicyBook:
     def __post_init__(self) -> None:
         if self.default not in self.policies:
             raise ValueError(f"{self.default!r} is no policy; legal: {', '.join(sorted(self.policies))}")
+
+    def with_default(self, name: str | None) -> "PolicyBook":
+        """The same policies with another default, if one is given.
+
+        Raises:
+            ValueError: there is no policy of that name.
+        """
+        return self if name is None else replace(self, default=name)
 
     def get(self, name: str) -> Policy:
         """The policy of that name.

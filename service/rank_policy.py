@@ -9,10 +9,13 @@ from typing import Literal
 from adapters.errors import IllegalRank
 from adapters.quality import QualityProfile
 from service.errors import InvalidRequest
-from service.policies import Policy, PolicyBook, PolicyKind
+from service.policies import Policy, PolicyBook, PolicyKind, RankBounds
 
 RankWish = int | Literal["max", "auto"] | None
 """What a request says about its rank; None when it says nothing."""
+
+
+EVERY_RANK = RankBounds()
 
 
 class RankReason(StrEnum):
@@ -54,27 +57,48 @@ class RankDecision:
     policy: str
 
 
-def decide(wish: RankWish, policy: str | None, facts: RankFacts, book: PolicyBook) -> RankDecision:
+def decide(
+    wish: RankWish, policy: str | None, facts: RankFacts, book: PolicyBook, bounds: RankBounds = EVERY_RANK
+) -> RankDecision:
     """Choose the rank of one request.
+
+    Args:
+        bounds: what the caller may use. What a policy chooses is brought inside them; what a request names is not changed.
 
     Raises:
         IllegalRank: the request names a rank that the adapter does not have.
-        InvalidRequest: an unknown policy, or a rank and a policy that contradict each other.
+        InvalidRequest: an unknown policy, a rank and a policy that contradict each other, or a rank outside the bounds.
     """
+    allowed = bounds.of(facts.ranks)
     if wish in (None, "auto"):
-        return _by_policy(policy, facts, book, was_silent=wish is None and policy is None)
+        return _by_policy(policy, facts, book, _some(allowed, facts, bounds), was_silent=wish is None and policy is None)
     if policy is not None:
         raise InvalidRequest("rank_policy", f"{policy[:80]!r} contradicts rank {wish!r}; give one of the two")
     rank = facts.ranks[-1] if wish == "max" else wish
     if not isinstance(rank, int) or rank not in facts.ranks:
-        raise IllegalRank(int(rank or 0), facts.ranks)
+        raise IllegalRank(int(rank or 0), _some(allowed, facts, bounds))
+    if rank not in _some(allowed, facts, bounds):
+        legal = ", ".join(map(str, allowed))
+        raise InvalidRequest("rank", f"{rank} is outside what this API key may use, {bounds}; legal here: {legal}, 'auto'")
     return RankDecision(rank, RankReason.REQUESTED, "requested")
 
 
-def _by_policy(policy: str | None, facts: RankFacts, book: PolicyBook, *, was_silent: bool) -> RankDecision:
+def _some(allowed: tuple[int, ...], facts: RankFacts, bounds: RankBounds) -> tuple[int, ...]:
+    if not allowed:
+        has = ", ".join(map(str, facts.ranks))
+        raise InvalidRequest("rank", f"this API key may use ranks {bounds}, and the adapter has none there; it has: {has}")
+    return allowed
+
+
+def _by_policy(
+    policy: str | None, facts: RankFacts, book: PolicyBook, allowed: Sequence[int], *, was_silent: bool
+) -> RankDecision:
     name = policy if policy is not None else book.default
     rule = book.get(name)
     rank, reason = _apply(rule, facts)
+    if rank < allowed[0]:
+        reason = RankReason.FLOOR
+    rank = min(max(rank, allowed[0]), allowed[-1])  # a legal rank: both ends of a run of legal ranks are
     if reason is RankReason.REQUESTED and policy is None:
         reason = RankReason.DEFAULT
     return RankDecision(rank, RankReason.DEFAULT if was_silent else reason, name)

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import ipaddress
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.policies import Policy, PolicyBook, PolicyKind
@@ -19,8 +20,10 @@ ENV_PREFIX = "DYLORA_"
 DEMO_MODEL = "demo"
 """The value of `model` that means the small model shipped with the package."""
 
+KIB = 1024
 MIB = 1024 * 1024
 Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[ByteSize, Field(ge=0)]
 
 
@@ -68,6 +71,12 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all interfaces")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
 
+    api_keys_file: Path | None = Field(
+        None, description="JSON file of API keys, read again on SIGHUP; `dylora keys new` makes its entries"
+    )
+    api_keys: SecretStr | None = Field(None, description="the same JSON itself, in place of a file")
+    allow_open: bool = Field(False, description="serve without API keys also where other machines can reach the server")
+
     adapters_dir: Path = Field(
         default_factory=lambda data: _default_store(data.get("model", DEMO_MODEL)),
         description="folder of the adapter store, created if absent; unset: one for each model in the user's data folder",
@@ -84,14 +93,31 @@ class Settings(BaseSettings):
     max_running_requests: Count = Field(64, description="most requests in one batch")
     max_waiting_requests: Count = Field(256, description="most requests in the queue; more are answered with 503")
     max_batch_tokens: Count = Field(512, description="token budget of one step, prompt chunks and decode rows together")
+    prefill_chunk_tokens: Count = Field(
+        16, description="prompt tokens of a step in which requests generate, and one more for each of these"
+    )
     kv_cache_bytes: Bytes = Field(ByteSize(512 * MIB), description="memory for keys and values")
     kv_block_tokens: Count = Field(16, description="tokens per block of the key/value cache")
+    prefix_cache: bool = Field(
+        True, description="reuse keys and values of prompts that begin alike, at one adapter and rank; their timing shows it"
+    )
     max_context_tokens: int | None = Field(None, ge=2, description="prompt plus answer; unset: what the model allows")
     merged_cache_bytes: Bytes = Field(ByteSize(512 * MIB), description="memory for merged weights; 0 never merges")
     merge_after_steps: Count = Field(8, description="steps of one (adapter, rank) alone before its weights are merged")
 
     max_new_tokens_limit: int | None = Field(None, ge=1, description="largest max_new_tokens of a request")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt; unset: what the context leaves")
     max_body_bytes: Bytes = Field(ByteSize(2 * MIB), description="largest body of a request, uploads apart")
+    max_header_bytes: Bytes = Field(ByteSize(32 * KIB), description="most bytes of a request's headers, its path included")
+    max_headers: Count = Field(100, description="most headers of a request")
+    max_connections: Count = Field(800, description="most connections; on more of them only /health and /ready are answered")
+    max_unread_tokens: Count = Field(2048, description="tokens that the reader of a stream may fall behind before it is ended")
+
+    request_timeout_s: Seconds = Field(600, description="longest a generation may take; a request may ask for less")
+    header_timeout_s: Seconds = Field(10, description="seconds for a request's headers to arrive")
+    body_timeout_s: Seconds = Field(20, description="seconds for a request's body, and more by min_body_bytes_per_s")
+    min_body_bytes_per_s: Count = Field(1024, description="bytes of a body that buy it one more second")
+    write_timeout_s: Seconds = Field(60, description="seconds that a client may leave a full connection unread")
 
     default_policy: str = Field("quality", description="policy that chooses the rank where a request leaves it open")
     quality_tolerance: float = Field(0.01, ge=0, lt=1, description="relative loss accepted by the policy 'quality'")
@@ -136,6 +162,18 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _only_loopback_is_open(self) -> "Settings":
+        if self.api_keys_file is not None and self.api_keys is not None:
+            raise ValueError("api_keys_file and api_keys are both given; give one of the two")
+        if not (self.api_keys_file or self.api_keys or self.allow_open or _is_loopback(self.host)):
+            raise ValueError(
+                f"host ({variable('host')}): others can reach {self.host!r}, and there are no API keys. Give"
+                f" --api-keys-file ({variable('api_keys_file')}; `dylora keys new` makes a key), listen on 127.0.0.1, or say"
+                f" --allow-open ({variable('allow_open')}=true) to let everybody in"
+            )
+        return self
+
     def policy_book(self) -> PolicyBook:
         """The built-in policies and the configured ones, by name."""
         built_in = {
@@ -159,6 +197,14 @@ class Settings(BaseSettings):
             return cls(**(overrides or {}))
         except ValidationError as error:
             raise SettingsError("\n".join(_describe(error))) from None
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name other than localhost may lead anywhere."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 _BUILT_IN = ("max", "quality", "budget")

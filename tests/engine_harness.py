@@ -12,7 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapters.adapter import Adapter, LowRank
 from adapters.config import AdapterConfig, AdapterKind
-from service.core import Aborted, AdapterChoice, Event, Failed, Finished, GenerationRequest, SamplingParams, TokenEvent
+from service.core import (
+    Aborted,
+    AdapterChoice,
+    EngineObserver,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    SamplingParams,
+    StepReport,
+    TokenEvent,
+)
 from service.engine.engine import Engine, EngineOptions
 from service.engine.model import prepare_model
 from service.engine.sites import Site, site_kind
@@ -81,14 +92,36 @@ class Client:
         return [event.token.id for event in self.events if isinstance(event, TokenEvent)]
 
 
+class Reports:
+    """An observer that keeps what it is told, and lets a test wait for merges, which are made in the background."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.merges = 0
+        self._changed = threading.Condition()
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def on_merge(self, seconds: float) -> None:
+        with self._changed:
+            self.merges += 1
+            self._changed.notify_all()
+
+    def wait_for_merges(self, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.merges >= count, 60), f"{self.merges} of {count} merges were made"
+
+
 @contextmanager
 def running_engine(
     model: PreTrainedModel,
     adapters: Mapping[str, Adapter] | None = None,
     options: EngineOptions | None = None,
+    observer: EngineObserver | None = None,
 ) -> Iterator[Engine]:
     """An engine that is started, and that must hold nothing when the block ends."""
-    engine = Engine(prepare_model(model, character_tokenizer(), name="tiny"), options)
+    engine = Engine(prepare_model(model, character_tokenizer(), name="tiny"), options, observer)
     for version, adapter in (adapters or {}).items():
         engine.load(version, adapter)
     engine.start()
@@ -108,6 +141,15 @@ def generate(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Clie
     for client in clients:
         assert client.finished
     return clients
+
+
+def generate_merged(engine: Engine, reports: Reports, requests: Sequence[GenerationRequest]) -> list[Client]:
+    """Run each request alone after its pair was merged. The engine merges after the first step, and reports to `reports`."""
+    for request in {request.adapter: request for request in requests if request.adapter is not None}.values():
+        before = reports.merges
+        generate(engine, [request])
+        reports.wait_for_merges(before + 1)
+    return [generate(engine, [request])[0] for request in requests]
 
 
 def mixed_requests(

@@ -15,25 +15,28 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("adapters", "service")
 
 LAYERS: tuple[tuple[str, str, str], ...] = (
-    ("nouns", "service", "errors core policies settings version log"),
+    ("nouns", "service", "errors core policies keys settings version log"),
     ("choice", "service", "latency_model rank_policy"),
-    ("bookkeeping", "service.engine", "blocks scheduler"),
-    ("tensors", "service.engine", "kv_cache sites adapted mixed lora merged sampling text model"),
+    ("bookkeeping", "service.engine", "prefix_hash blocks fair_queue scheduler"),
+    ("tensors", "service.engine", "kv_cache sites adapted mixed lora merged merge_worker sampling text model"),
     ("runner", "service.engine", "ticket runner model_check planner"),
     ("engine", "service.engine", "engine fake_engine"),
-    ("around the engine", "service.http", "error_table metrics registry services stream tracking uploads"),
-    ("requests", "service.http", "not_served schemas selection validation_text generation answers"),
-    ("asgi", "service.http", "middleware disconnect"),
+    ("around the engine", "service.http", "error_table metrics registry limits tenants services stream tracking uploads"),
+    ("requests", "service.http", "not_served schemas selection validation_text arrival generation answers"),
+    ("asgi", "service.http", "refusals auth middleware disconnect connection"),
     ("routes", "service.http", "routes_common routes_adapters routes_generate routes_openai routes_ops"),
     ("app", "service.http", "app server"),
-    ("commands", "service", "demo launch cli cluster"),
+    ("commands", "service", "demo launch keys_command cli cluster"),
 )
 """Lowest first. A module imports only from lower layers, or from modules that stand before it in its own."""
 
 MAY_IMPORT = {
     "fastapi": ("service.http.app", "service.http.routes_*", "service.http.server", "service.cli", "service.cluster"),
     "starlette": (
+        "service.http.auth",
+        "service.http.connection",
         "service.http.middleware",
+        "service.http.refusals",
         "service.http.disconnect",
         "service.http.app",
         "service.http.routes_*",
@@ -41,7 +44,7 @@ MAY_IMPORT = {
         "service.cli",
         "service.cluster",
     ),
-    "uvicorn": ("service.http.server", "service.cli"),
+    "uvicorn": ("service.http.connection", "service.http.server", "service.cli"),
     "ray": ("service.cluster",),
     "peft": ("adapters.training.*", "adapters.evaluation.*", "adapters.paper.*", "adapters.demo.*"),
 }
@@ -50,7 +53,10 @@ MAY_IMPORT = {
 WITHOUT_TORCH = (
     "service.errors",
     "service.core",
+    "service.keys",
     "service.settings",
+    "service.http.limits",
+    "service.http.tenants",
     "service.engine.blocks",
     "service.engine.scheduler",
     "service.policies",

@@ -110,6 +110,24 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(tmp_path: Path) -> No
     assert "secret" not in "".join(server.log)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], "others can reach '0.0.0.0', and there are no API keys"),
+        (["--api-keys", "{}"], "api_keys (DYLORA_API_KEYS): no keys; a server without keys has no keys file at all"),
+        (["--api-keys-file", "nowhere.json"], "api_keys_file (DYLORA_API_KEYS_FILE): nowhere.json: No such file"),
+    ],
+)
+def test_a_door_that_can_not_be_locked_is_not_opened(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
+        raise AssertionError("the model is not loaded first")
+
+    assert main(["serve", "--adapters-dir", str(tmp_path), *arguments], make_engine) == BAD_USAGE
+    assert said in capsys.readouterr().err
+
+
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with process(tmp_path) as server:
         thread, answers = server.generate_in_background()

@@ -4,7 +4,6 @@ import pytest
 
 from adapters.data.e2e import read_e2e, reversed_pairs, spaced
 from adapters.data.example import Example
-from adapters.data.jsonl import read_jsonl
 from adapters.errors import DataError
 from adapters.evaluation.slots import parse_mr, slot_coverage, slot_f1
 
@@ -25,6 +24,11 @@ def test_e2e_groups_the_references_of_a_meaning(tmp_path: Path) -> None:
     )
 
 
+def test_only_line_ends_end_a_row_of_csv(tmp_path: Path) -> None:
+    path = write(tmp_path, "mr,ref\r\nname[A\u2028B],One\x0cline.\r\n")
+    assert read_e2e(path) == (Example("name[A\u2028B]", ("One\x0cline.",)),)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -43,36 +47,12 @@ def test_a_bad_e2e_file_is_refused_with_file_line_and_what_is_expected(tmp_path:
     assert str(path) in str(caught.value) and message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2: not JSON"),
-        ('{"prompt": "a"}', 'line 1: expected {"prompt": "...", "completion": "..."}'),
-        ('{"prompt": "a", "completion": 3}', "two strings and nothing else"),
-        ('{"prompt": "a", "completion": "b", "extra": "c"}', "two strings and nothing else"),
-        ('\n\n["a", "b"]', "line 3: expected"),
-        ('{"prompt": "", "completion": "b"}', "line 1: prompt is empty"),
-        ("\n", "no examples"),
-    ],
-)
-def test_a_bad_jsonl_file_is_refused_with_file_line_and_what_is_expected(tmp_path: Path, text: str, message: str) -> None:
-    path = write(tmp_path, text)
-    with pytest.raises(DataError) as caught:
-        read_jsonl(path)
-    assert str(path) in str(caught.value) and message in str(caught.value)
-
-
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     latin = tmp_path / "latin"
     latin.write_bytes("mr,ref\nname[Café],x\n".encode("latin-1"))
     for path in (tmp_path / "absent", latin):
         with pytest.raises(DataError, match="can't be read as UTF-8 text"):
             read_e2e(path)
-
-
-def test_jsonl_takes_prompt_and_completion_as_they_stand(tmp_path: Path) -> None:
-    path = write(tmp_path, '{"prompt": "a ", "completion": " b"}\n\n{"completion": "d\\n", "prompt": "c"}\n')
-    assert read_jsonl(path) == (Example("a ", (" b",)), Example("c", ("d\n",)))
 
 
 def test_pairs_are_reversed_and_spaced() -> None:

@@ -1,15 +1,10 @@
 import pytest
-import torch
 from transformers import AutoTokenizer
 
-from adapters.checkpoint import read_peft
 from adapters.data.example import Example
 from adapters.demo import ARTIFACTS
-from adapters.demo.recipe import load_base
 from adapters.errors import DataError
-from adapters.evaluation.evaluate import BLEU, LOSS, SLOT_COVERAGE, evaluate, generate
 from adapters.training.encoding import IGNORED, EncodedPair, LikeLengths, PairDataset, RightPad, encode
-from adapters.training.layer import set_rank, write_adapter
 
 EXAMPLES = (
     Example("name[Aromi], area[riverside]", (" Aromi is by the river.", " By the river: Aromi.")),
@@ -46,24 +41,3 @@ def test_an_epoch_takes_every_pair_once_in_batches_of_like_length_and_its_own_or
     assert means != sorted(means) and means != sorted(means, reverse=True)
     sampler.set_epoch(1)
     assert sorted(sampler) == sorted(first) and list(sampler) != first
-
-
-def test_texts_do_not_depend_on_what_else_is_in_the_batch() -> None:
-    model, tokenizer = load_base(ARTIFACTS)
-    write_adapter(model, read_peft(ARTIFACTS / "adapters" / "mr-to-text"))
-    set_rank(model, 4)
-    prompts = ["name[Aromi], area[riverside]", "name[The Eagle], eatType[coffee shop], near[Burger King]", "name[Cotto]"]
-    alone = [generate(model, tokenizer, [prompt], 16)[0] for prompt in prompts]
-    assert generate(model, tokenizer, prompts, 16) == alone
-    assert all(alone)
-
-
-def test_a_profile_has_every_metric_at_every_rank_asked_for_and_leaves_the_factors() -> None:
-    model, tokenizer = load_base(ARTIFACTS)
-    write_adapter(model, read_peft(ARTIFACTS / "adapters" / "mr-to-text"))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    profile = evaluate(model, tokenizer, EXAMPLES, (1, 16), (BLEU, SLOT_COVERAGE), "two", max_new_tokens=24)
-    assert [metric.name for metric in profile.metrics] == [LOSS, BLEU.name, SLOT_COVERAGE.name]
-    assert [metric.higher_is_better for metric in profile.metrics] == [False, True, True]
-    assert all(set(metric.values) == {1, 16} for metric in profile.metrics)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

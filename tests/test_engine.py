@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from adapters.adapter import LowRank
 from adapters.errors import IllegalRank, InvalidAdapter
 from service.core import (
     Aborted,
@@ -23,7 +24,7 @@ from service.core import (
 from service.engine.engine import Engine, EngineOptions
 from service.engine.model import prepare_model
 from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
-from tests.engine_harness import Client, character_tokenizer, generate, random_dylora, running_engine
+from tests.engine_harness import Client, Reports, character_tokenizer, generate, generate_merged, random_dylora, running_engine
 from tests.tiny_models import tiny_model
 
 LONG = SamplingParams(max_new_tokens=200, ignore_eos=True)
@@ -200,40 +201,27 @@ def test_a_sink_that_raises_harms_nobody_else(caplog: pytest.LogCaptureFixture) 
     assert "no such queue" in caplog.text
 
 
-class Reports:
-    """An observer that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.steps: list[StepReport] = []
-        self.merges = 0
-
-    def on_step(self, report: StepReport) -> None:
-        self.steps.append(report)
-
-    def on_merge(self, seconds: float) -> None:
-        self.merges += 1
-
-
-def test_a_pair_that_stays_alone_is_merged_once_and_the_observer_sees_it() -> None:
+def test_a_pair_that_stays_alone_is_merged_once_beside_its_steps_and_the_observer_sees_it() -> None:
     model = tiny_model("llama")
     reports = Reports()
-    engine = Engine(
-        prepare_model(model, character_tokenizer(), name="tiny"), EngineOptions(merge_after_steps=5), observer=reports
-    )
-    engine.load("v", random_dylora("llama", model, seed=1))
-    engine.start()
     sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
-    first = generate(engine, [request(sampling=sampling, choice=dylora_choice())])[0]
-    second = generate(engine, [request(sampling=sampling, choice=dylora_choice())])[0]
-    base = generate(engine, [request(sampling=sampling)])[0]
-    engine.stop()
-    assert [step.mode for step in reports.steps] == [Mode.MIXED] * 5 + [Mode.MERGED] * 35 + [Mode.BASE] * 20
+    with running_engine(
+        model, {"v": random_dylora("llama", model, seed=1)}, EngineOptions(merge_after_steps=5), reports
+    ) as engine:
+        first = generate(engine, [request(sampling=sampling, choice=dylora_choice())])[0]
+        reports.wait_for_merges(1)
+        second = generate(engine, [request(sampling=sampling, choice=dylora_choice())])[0]
+        base = generate(engine, [request(sampling=sampling)])[0]
+    modes = [step.mode for step in reports.steps]
+    assert modes[:6] == [Mode.MIXED] * 6  # the step that begins the merge does not wait for it
+    assert modes[20:] == [Mode.MERGED] * 20 + [Mode.BASE] * 20
+    assert modes == sorted(modes, key=[Mode.MIXED, Mode.MERGED, Mode.BASE].index)
     assert reports.merges == 1
     assert (first.finished.mode, second.finished.mode, base.finished.mode) == (Mode.MIXED, Mode.MERGED, Mode.BASE)
     assert first.tokens == second.tokens
     assert sum(step.prefill_tokens for step in reports.steps) == 9
     assert sum(step.decode_rows for step in reports.steps) == 57
-    assert (engine.stats().merged.hits, engine.stats().merged.misses) == (34, 1)
+    assert (engine.stats().merged.hits, engine.stats().merged.misses) == (modes.count(Mode.MERGED), 1)
 
 
 def test_merged_weights_beyond_the_bound_are_never_made() -> None:
@@ -242,6 +230,68 @@ def test_merged_weights_beyond_the_bound_are_never_made() -> None:
     with running_engine(model, {"v": random_dylora("llama", model, seed=1)}, options) as engine:
         assert generate(engine, [request(choice=dylora_choice())])[0].finished.mode is Mode.MIXED
         assert engine.stats().merged.misses == 0
+
+
+def test_the_cache_of_merged_weights_holds_what_fits_and_the_rest_runs_on() -> None:
+    model = tiny_model("llama")
+    adapter = random_dylora("llama", model, seed=1)
+    nbytes = sum(p.nbytes for path in adapter.modules for p in model.get_submodule(path).parameters())
+    options = EngineOptions(merge_after_steps=0, merged_cache_bytes=nbytes * 5 // 2)
+    requests = [request(str(rank), choice=dylora_choice(rank)) for rank in (1, 2, 3)]
+    reports = Reports()
+    with running_engine(model, {"v": adapter}, options, reports) as engine:
+        merged = generate_merged(engine, reports, requests[:2])
+        assert (engine.stats().merged.nbytes, engine.stats().merged.evictions) == (2 * nbytes, 0)
+        merged += generate_merged(engine, reports, requests[2:])
+        assert (engine.stats().merged.nbytes, engine.stats().merged.evictions) == (2 * nbytes, 1)
+    assert {client.finished.mode for client in merged} == {Mode.MERGED}
+    with running_engine(tiny_model("llama"), {"v": adapter}, EngineOptions(merge_after_steps=10**9)) as engine:
+        assert [client.tokens for client in generate(engine, requests)] == [client.tokens for client in merged]
+
+
+class UnreadableFactors(dict[str, LowRank]):
+    """Factors that the thread that merges can't read."""
+
+    def get(self, path: str, default: object = None) -> LowRank:
+        if threading.current_thread().name == "merge":
+            raise RuntimeError(f"no memory left for {path}")
+        return self[path]
+
+
+def test_a_merge_that_fails_is_not_tried_again_and_fails_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    sound = random_dylora("llama", model, seed=1)
+    broken = replace(sound, modules=UnreadableFactors(sound.modules))
+    with running_engine(model, {"v": broken}, EngineOptions(merge_after_steps=0)) as engine:
+        ends = [generate(engine, [request(choice=dylora_choice())])[0] for _ in range(3)]
+    assert {client.finished.mode for client in ends} == {Mode.MIXED}
+    assert caplog.text.count("its requests run mixed") == 1
+    assert engine.stats().merged.nbytes == 0
+
+
+def test_an_adapter_unloaded_while_it_is_merged_leaves_nothing() -> None:
+    model = tiny_model("llama")
+    reports = Reports()
+    with running_engine(
+        model, {"v": random_dylora("llama", model, seed=1)}, EngineOptions(merge_after_steps=0), reports
+    ) as engine:
+        client = Client()
+        engine.submit(request(choice=dylora_choice()), client)
+        engine.unload("v")
+        assert len(client.tokens) == 200
+        reports.wait_for_merges(1)
+        engine.check_integrity()
+    assert engine.stats().merged.nbytes == 0
+
+
+def test_a_running_engine_checks_itself_between_two_steps() -> None:
+    with running_engine(tiny_model("llama")) as engine:
+        client = Client()
+        engine.submit(request(), client)
+        client.wait_for_first_token()
+        for _ in range(5):
+            engine.check_integrity()
+        assert len(client.tokens) == 200
 
 
 def test_usage_counts_tokens_and_orders_times() -> None:

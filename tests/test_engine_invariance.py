@@ -13,7 +13,7 @@ from adapters.checkpoint import read_peft
 from adapters.nesting import export_rank, renest
 from service.core import AdapterChoice, GenerationRequest, Mode, SamplingParams
 from service.engine.engine import EngineOptions
-from tests.engine_harness import generate, mixed_requests, random_dylora, running_engine
+from tests.engine_harness import Reports, generate, generate_merged, mixed_requests, random_dylora, running_engine
 from tests.tiny_models import TINY_KINDS, random_peft_adapter, tiny_model
 
 NEW_TOKENS = 16
@@ -43,8 +43,9 @@ def test_mixed_batch_equals_alone_equals_merged_equals_peft(kind: str, tmp_path:
         together = [client.tokens for client in generate(engine, requests)]
     with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=10**9)) as engine:
         alone = [generate(engine, [request])[0] for request in requests]
-    with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=0)) as engine:
-        merged = [generate(engine, [request])[0] for request in requests]
+    reports = Reports()
+    with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=0), reports) as engine:
+        merged = generate_merged(engine, reports, requests)
 
     assert {c.finished.mode for c, r in zip(alone, requests, strict=True) if r.adapter} == {Mode.MIXED}
     assert {c.finished.mode for c, r in zip(merged, requests, strict=True) if r.adapter} == {Mode.MERGED}
@@ -110,8 +111,9 @@ def test_every_variety_of_peft_checkpoint_runs_as_peft_runs_it(kind: str, variet
     ]
     with running_engine(tiny_model(kind), adapters) as engine:
         mixed = [client.tokens for client in generate(engine, requests)]
-    with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=0)) as engine:
-        merged = [generate(engine, [request])[0].tokens for request in requests]
+    reports = Reports()
+    with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=0), reports) as engine:
+        merged = [client.tokens for client in generate_merged(engine, reports, requests)]
     stock = PeftModel.from_pretrained(tiny_model(kind), folder)
     expected = [stock_tokens(stock if request.adapter else tiny_model(kind), request) for request in requests]
     assert mixed == expected

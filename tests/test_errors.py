@@ -29,8 +29,8 @@ def test_statuses_are_errors_and_waiting_is_advised_only_where_it_helps() -> Non
     for kind in ERROR_TABLE.values():
         assert 400 <= kind.status <= 599
         assert kind.type
-        assert kind.retry_after_s is None or kind.status in (409, 503)
-        assert kind.status != 503 or kind.retry_after_s
+        assert kind.retry_after_s is None or kind.status in (409, 429, 503)
+        assert kind.status not in (429, 503) or kind.retry_after_s
 
 
 def test_the_nearest_ancestor_decides() -> None:

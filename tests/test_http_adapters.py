@@ -45,6 +45,7 @@ def test_the_list_shows_what_the_interface_promises(server: Server) -> None:
         "alpha": stored.config.alpha,
         "targets": list(stored.targets),
         "bytes": stored.nbytes,
+        "private": False,
         "state": "ready",
         "problem": None,
         "quality": {

@@ -204,7 +204,7 @@ def test_a_failure_is_answered_and_the_next_request_served(server: Server) -> No
 
 
 def test_a_failure_midway_ends_the_stream_with_an_error_event(tmp_path: Path) -> None:
-    with on_socket(tmp_path, engine=FakeEngine(max_context_tokens=10**6)) as (server, _):
+    with on_socket(tmp_path, engine=FakeEngine(max_context_tokens=10**6), max_unread_tokens=10**6) as (server, _):
         body = {"inputs": "x", "parameters": {"max_new_tokens": 900_000}}
         with server.client.stream("POST", "/generate_stream", json=body) as response:
             lines = response.iter_lines()
@@ -224,7 +224,7 @@ def test_a_client_that_goes_away_frees_its_place(tmp_path: Path, route: str) -> 
 
 
 def test_a_client_that_leaves_a_running_stream_frees_its_place(tmp_path: Path) -> None:
-    with on_socket(tmp_path, engine=FakeEngine(max_context_tokens=10**6)) as (server, _):
+    with on_socket(tmp_path, engine=FakeEngine(max_context_tokens=10**6), max_unread_tokens=10**6) as (server, _):
         body = {"inputs": "x", "parameters": {"max_new_tokens": 900_000}}
         with server.client.stream("POST", "/generate_stream", json=body) as response:
             next(response.iter_lines())

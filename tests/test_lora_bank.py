@@ -153,24 +153,53 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_offender() -> None:
 
 
 def weights(numbers: int) -> MergedWeights:
-    return MergedWeights({"lin": {"weight": torch.zeros(numbers)}})
+    buffer = torch.zeros(4 * numbers, dtype=torch.uint8)
+    return MergedWeights({"lin": {"weight": buffer.view(torch.float32)}}, buffer)
 
 
 def test_the_cache_keeps_within_its_bytes_and_drops_the_least_recently_used() -> None:
     cache = MergedCache(capacity_bytes=100)
     a, b, c = (AdapterChoice(name, 1, 1.0) for name in "abc")
-    cache.put(a, weights(10))
-    cache.put(b, weights(10))
+    for each in (a, b):
+        assert cache.make_room(40) is None
+        cache.put(each, weights(10))
     assert cache.get(a) is not None
+    held = cache.get(b)
+    assert held is not None
+    assert cache.get(a) is not None
+    assert cache.make_room(40) is held.buffer  # to be written over, since making new memory takes as long as merging
+    assert cache.stats.nbytes == 40
     cache.put(c, weights(10))
-    assert (a in cache, b in cache, c in cache) == (True, False, True)
-    assert cache.get(b) is None
-    cache.put(b, weights(26))
-    assert b not in cache
+    assert [cache.get(each) is not None for each in (a, b, c)] == [True, False, True]
     stats = cache.stats
-    assert (stats.hits, stats.misses, stats.evictions, stats.nbytes) == (1, 1, 1, 80)
+    assert (stats.hits, stats.misses, stats.evictions, stats.nbytes) == (5, 3, 1, 80)
     cache.forget("a")
     assert cache.stats.nbytes == 40
+
+
+def test_memory_that_fits_is_written_over_and_other_memory_is_left_alone() -> None:
+    toy = Toy()
+    one, other = adapter(1), adapter(2)
+    site = bank_of(toy).site
+    first, expected = merge(one, choice("a", one, 3), site), merge(other, choice("b", other, 2), site)
+    again = merge(other, choice("b", other, 2), site, buffer=first.buffer)
+    assert again.buffer is first.buffer
+    for path, parameters in expected.parameters.items():
+        assert torch.equal(parameters["weight"], again.parameters[path]["weight"])
+    small = torch.empty(8, dtype=torch.uint8)
+    assert merge(one, choice("a", one, 3), site, buffer=small).buffer is not small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_merged_in_slices_is_the_weight_merged_whole(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(700, 1000, dtype=dtype)  # more than one slice of 1 MiB in fp32, the last one shorter
+    factors = LowRank(torch.randn(4, 700, generator=generator), torch.randn(1000, 4, generator=generator))
+    large = Adapter(AdapterConfig(AdapterKind.DYLORA, 4, 2.0), {"lin": factors})
+    with torch.inference_mode():
+        merged = merge(large, choice("a", large, 3), lambda path: Site(path, linear, site_kind(linear)))
+        expected = linear.weight.float() + large.config.scale(3) * factors.b[:, :3] @ factors.a[:3]
+    torch.testing.assert_close(merged.parameters["lin"]["weight"], expected.to(dtype))
 
 
 def test_the_bytes_of_a_merge_are_known_before_it_is_made() -> None:

@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.core import Aborted, EngineStats, Mode, StepReport, Token, TokenEvent
 from service.engine.fake_engine import FakeEngine
+from service.http.limits import DrainRate
 from service.http.metrics import RANKS_PER_ADAPTER, Metrics
 from service.http.tracking import RequestTracker, TrackedRequest
 from tests.http_harness import PROFILE, Server, adapter, files_of, folder_of, in_process
@@ -18,11 +19,16 @@ NAMES = {
     "dylora_queue_seconds",
     "dylora_tokens",
     "dylora_rank_decisions",
+    "dylora_refused",
     "dylora_adapter_quality",
     "dylora_merged_cache_hits",
     "dylora_merged_cache_misses",
     "dylora_merged_cache_evictions",
     "dylora_merged_cache_bytes",
+    "dylora_prefix_cache_hits",
+    "dylora_prefix_cache_misses",
+    "dylora_prefix_cache_evictions",
+    "dylora_prefix_reused_tokens",
     "dylora_merge_seconds",
     "dylora_step_seconds",
     "dylora_batch_rows",
@@ -143,7 +149,7 @@ def test_ranks_are_bounded_too() -> None:
 
 def test_an_aborted_request_is_counted_with_what_it_made() -> None:
     metrics = Metrics()
-    tracker = RequestTracker(metrics, TrackedRequest("id", "a", 2, prompt_tokens=7))
+    tracker = RequestTracker(metrics, TrackedRequest("id", "a", 2, prompt_tokens=7), DrainRate())
     tracker.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.MIXED))
     tracker.on_event(Aborted("id"))
     labels = {"adapter": "a", "rank": "2", "mode": "mixed", "outcome": "aborted"}

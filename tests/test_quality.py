@@ -24,6 +24,22 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert QualityProfile.load(path, r_max=8) == PROFILE
 
 
+def test_intervals_base_and_examples_are_optional_and_survive(tmp_path: Path) -> None:
+    full = QualityProfile(
+        (Metric("loss", False, {1: 1.5, 8: 0.9}, intervals={1: (1.4, 1.6)}, base=4.25), *PROFILE.metrics[:1]), "x", examples=547
+    )
+    full.save(tmp_path / QUALITY_FILE)
+    assert QualityProfile.load(tmp_path / QUALITY_FILE, r_max=8) == full
+    assert set(PROFILE.to_json()) == {"metrics", "source"}
+    assert set(PROFILE.to_json()["metrics"][0]) == {"name", "higher_is_better", "values"}
+
+
+def test_a_profile_is_cut_to_lower_ranks_with_its_intervals() -> None:
+    whole = QualityProfile((Metric("loss", False, {2: 1.5, 8: 0.9}, intervals={2: (1.4, 1.6), 8: (0.8, 1.0)}),), "x")
+    assert whole.up_to(4) == QualityProfile((Metric("loss", False, {2: 1.5}, intervals={2: (1.4, 1.6)}),), "x")
+    assert whole.up_to(1) is None
+
+
 def test_the_first_metric_decides() -> None:
     assert QualityProfile.from_json(PROFILE.to_json(), r_max=8).primary.name == "rouge_l"
 
@@ -40,10 +56,10 @@ def _with(**metric: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("data", "messages"),
     [
-        ([], ["quality.json: content must be an object with the keys metrics, source"]),
+        ([], ["quality.json: content must be an object with the keys examples, metrics, source"]),
         ({"source": "s"}, ["quality.json: metrics must be a list of 1 to 32 metrics"]),
         ({"metrics": [], "source": "s"}, ["metrics must be a list of 1 to 32 metrics"]),
-        ({**_with(), "extra": 1}, ["unknown key 'extra'; legal: metrics, source"]),
+        ({**_with(), "extra": 1}, ["unknown key 'extra'; legal: examples, metrics, source"]),
         ({**_with(), "source": 3}, ["source must be a string of at most 1000 characters, not '3'"]),
         ({**_with(), "source": "\ud800"}, ["source must be a string"]),
         ({"metrics": _with()["metrics"] * 33, "source": ""}, ["metrics must be a list of 1 to 32 metrics"]),
@@ -57,6 +73,15 @@ def _with(**metric: Any) -> dict[str, Any]:
         (_with(values={"1": 10**400}), ["metrics[0].values.1 must be a finite number"]),
         (_with(values={"1": True}), ["metrics[0].values.1 must be a finite number, not 'True'"]),
         ({"metrics": _with()["metrics"] * 2, "source": ""}, ["the name 'm' appears more than once"]),
+        ({**_with(), "examples": 0}, ["examples must be a whole number of at least 1, not '0'"]),
+        ({**_with(), "examples": True}, ["examples must be a whole number of at least 1, not 'True'"]),
+        (_with(base="low"), ["metrics[0].base must be a finite number, not 'low'"]),
+        (_with(intervals=[0.4, 0.6]), ["metrics[0].intervals must be an object from rank to [lower, upper]"]),
+        (_with(intervals={"9": [0.4, 0.6]}), ["metrics[0].intervals must be ranks 1..8 as keys, not '9'"]),
+        (_with(intervals={"1": [0.6, 0.4]}), ["metrics[0].intervals.1 must be two finite numbers, the lower one first"]),
+        (_with(intervals={"1": [0.4]}), ["metrics[0].intervals.1 must be two finite numbers"]),
+        (_with(intervals={"1": [0.4, None]}), ["metrics[0].intervals.1 must be two finite numbers"]),
+        (_with(intervals={"2": [0.4, 0.6]}), ["metrics[0].intervals.2 is of a rank that has no value"]),
         (_with(name=3, values={"0": 1}), ["metrics[0].name must be", "must be ranks 1..8 as keys, not '0'"]),
     ],
 )

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from adapters.errors import IllegalRank
 from adapters.quality import Metric, QualityProfile
 from service.errors import InvalidRequest
-from service.policies import Policy, PolicyBook, PolicyKind
+from service.policies import Policy, PolicyBook, PolicyKind, RankBounds
 from service.rank_policy import RankDecision, RankFacts, RankReason, RankWish, decide
 
 RANK_LISTS = st.lists(st.integers(1, 64), min_size=1, max_size=10, unique=True).map(sorted)
@@ -59,6 +59,39 @@ def test_silence_uses_the_default_policy_and_says_so(known: RankFacts, policy: P
     silent = decide(None, None, known, book(policy))
     assert silent.reason is RankReason.DEFAULT
     assert silent.rank == decide("auto", None, known, book(policy)).rank == decide(None, "p", known, book(policy)).rank
+
+
+@given(facts(), POLICIES, st.integers(1, 70), st.none() | st.integers(0, 60), st.sampled_from(["auto", "max", 1, 7, None]))
+def test_no_caller_is_served_outside_its_bounds(
+    known: RankFacts, policy: Policy, floor: int, extra: int | None, wish: RankWish
+) -> None:
+    bounds = RankBounds(floor, None if extra is None else floor + extra)
+    allowed = bounds.of(known.ranks)
+    free = outcome(wish, known, policy, RankBounds())
+    bound = outcome(wish, known, policy, bounds)
+    if isinstance(bound, RankDecision):
+        assert bound.rank in allowed
+        # Nothing changes for a rank that is allowed, and what a request names is never replaced by another.
+        assert bound == free or (wish in ("auto", None) and isinstance(free, RankDecision) and free.rank not in allowed)
+    else:
+        assert not allowed or (wish not in ("auto", None) and (not isinstance(free, RankDecision) or free.rank not in allowed))
+
+
+def outcome(wish: RankWish, known: RankFacts, policy: Policy, bounds: RankBounds) -> RankDecision | type[Exception]:
+    try:
+        return decide(wish, None, known, book(policy), bounds)
+    except (IllegalRank, InvalidRequest) as error:
+        return type(error)
+
+
+def test_the_refusal_of_a_rank_names_those_that_the_caller_may_use() -> None:
+    known = RankFacts((1, 2, 4, 8))
+    with pytest.raises(InvalidRequest, match="rank: 8 is outside what this API key may use, 1 to 4; legal here: 1, 2, 4"):
+        decide(8, None, known, book(Policy(PolicyKind.MAX)), RankBounds(1, 4))
+    with pytest.raises(IllegalRank, match=r"legal ranks: 1, 2, 4$"):
+        decide(3, None, known, book(Policy(PolicyKind.MAX)), RankBounds(1, 4))
+    with pytest.raises(InvalidRequest, match="may use ranks 16 or more, and the adapter has none there; it has: 1, 2, 4, 8"):
+        decide("auto", None, known, book(Policy(PolicyKind.MAX)), RankBounds(16))
 
 
 @given(facts(), st.floats(0, 0.9))

@@ -1,35 +1,56 @@
 """The scheduler under any order of arrivals, steps and aborts: blocks are never lost, and every request ends."""
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.core import GenerationRequest, SamplingParams
-from service.engine.blocks import BlockPool, OutOfBlocks
-from service.engine.scheduler import Scheduler, Sequence
+from service.core import AdapterChoice, GenerationRequest, SamplingParams
+from service.engine.blocks import BlockPool
+from service.engine.scheduler import Batch, Chunk, Scheduler, Sequence
+
+CHOICES = (None, AdapterChoice("a", 1, 1.0), AdapterChoice("a", 2, 1.0), AdapterChoice("b", 1, 1.0))
 
 
-def sequence(prompt: int, new: int) -> Sequence:
-    return Sequence(GenerationRequest("r", tuple(range(prompt)), SamplingParams(max_new_tokens=new)))
+def sequence(prompt: int | tuple[int, ...], new: int, choice: AdapterChoice | None = None) -> Sequence:
+    tokens = tuple(range(prompt)) if isinstance(prompt, int) else prompt
+    return Sequence(GenerationRequest("r", tokens, SamplingParams(max_new_tokens=new), choice))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Plays the engine: runs scheduled batches, appends a token to what sampled, ends what is complete."""
+    """Plays the engine: runs scheduled batches, appends a token to what sampled, ends what is complete.
+
+    Keys and values are played by what they depend on: the adapter, the rank, and all tokens up to their own.
+    """
 
     @initialize(
-        blocks=st.integers(3, 12), block_tokens=st.integers(1, 5), max_running=st.integers(1, 6), extra=st.integers(0, 12)
+        blocks=st.integers(3, 10),
+        block_tokens=st.integers(1, 5),
+        max_running=st.integers(1, 6),
+        extra=st.integers(0, 12),
+        chunk=st.integers(1, 12),
+        prefix_cache=st.booleans(),
     )
-    def make(self, blocks: int, block_tokens: int, max_running: int, extra: int) -> None:
+    def make(self, blocks: int, block_tokens: int, max_running: int, extra: int, chunk: int, prefix_cache: bool) -> None:
         self.pool = BlockPool(blocks, block_tokens)
         self.max_running = max_running
         self.budget = max_running + extra
-        self.scheduler = Scheduler(self.pool, max_running=max_running, max_batch_tokens=self.budget)
+        self.chunk = chunk
+        self.scheduler = Scheduler(
+            self.pool,
+            max_running=max_running,
+            max_batch_tokens=self.budget,
+            prefill_chunk_tokens=chunk,
+            prefix_cache=prefix_cache,
+        )
         self.live: list[Sequence] = []
+        self.slots: dict[tuple[int, int], int] = {}  # (block, place in it) to what the keys and values depend on
 
-    @rule(prompt=st.integers(1, 40), new=st.integers(1, 12))
-    def arrive(self, prompt: int, new: int) -> None:
-        if prompt + new <= self.pool.capacity_tokens:  # the engine refuses what can never fit
-            self.live.append(sequence(prompt, new))
+    # Few tokens, so that many prompts begin alike.
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), new=st.integers(1, 8), choice=st.sampled_from(CHOICES))
+    def arrive(self, prompt: list[int], new: int, choice: AdapterChoice | None) -> None:
+        if len(prompt) + new <= self.pool.capacity_tokens:  # the engine refuses what can never fit
+            self.live.append(sequence(tuple(prompt), new, choice))
             self.scheduler.add(self.live[-1])
 
     @precondition(lambda self: self.live)
@@ -39,30 +60,55 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live.remove(gone)
         self.scheduler.finish(gone)
 
+    @rule(version=st.sampled_from("ab"))
+    def unload(self, version: str) -> None:
+        self.pool.forget(version)
+
     @rule()
     def step(self) -> None:
+        generating = {each for each in self.live if each.blocks and each.pending == 1}
         batch = self.scheduler.schedule()
         if batch is None:
             assert not self.live, "requests are there but nothing runs"
             return
-        assert sum(chunk.length for chunk in batch.chunks) <= self.budget
+        lengths = [chunk.length for chunk in batch.chunks]
+        assert sum(lengths) <= self.budget
+        if not generating.isdisjoint(chunk.sequence for chunk in batch.chunks):
+            assert sum(chunk.length for chunk in batch.chunks if chunk.sequence not in generating) <= self.chunk + len(
+                generating
+            )
         assert len({id(chunk.sequence) for chunk in batch.chunks}) == len(batch.chunks) <= self.max_running
         for chunk in batch.chunks:
-            assert chunk.start == chunk.sequence.computed
-            assert chunk.end <= len(chunk.sequence.blocks) * self.pool.block_tokens
+            self.run(chunk)
         sampling = [chunk.sequence for chunk in batch.chunks if chunk.samples]
         self.scheduler.commit(batch)
         for each in sampling:
-            each.tokens.append(0)
+            each.tokens.append(each.generated % 2)
             if each.generated == each.request.sampling.max_new_tokens:
                 self.live.remove(each)
                 self.scheduler.finish(each)
+
+    def run(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        assert chunk.start == sequence.computed
+        assert chunk.end <= len(sequence.blocks) * self.pool.block_tokens
+        content = hash(sequence.adapter)
+        for at in range(chunk.end):
+            number, place = divmod(at, self.pool.block_tokens)
+            content = hash((content, sequence.tokens[at]))
+            if at < chunk.start:
+                assert self.slots[sequence.blocks[number], place] == content, "it would read another's keys and values"
+            else:
+                holders = [each for each in self.live if sequence.blocks[number] in each.blocks]
+                assert holders == [sequence], "it would write to what others read"
+                self.slots[sequence.blocks[number], place] = content
 
     @invariant()
     def nothing_is_lost(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert self.scheduler.running + self.scheduler.waiting == len(self.live)
+            assert {*self.scheduler.sequences()} == {*self.live}
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -72,10 +118,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(bound):
             self.step()
         assert not self.live
-        assert self.pool.free == self.pool.total
+        assert self.pool.available == self.pool.total
 
 
 TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=50)
 
 
 def test_requests_are_admitted_in_order_of_arrival() -> None:
@@ -103,34 +150,97 @@ def test_decode_rows_go_before_prefill_chunks() -> None:
     assert lengths == [[2, 6], [1, 7], [1, 7]]
 
 
-def test_the_youngest_gives_way_and_is_computed_again_from_its_first_token() -> None:
-    pool = BlockPool(4, 2)
-    scheduler = Scheduler(pool, max_running=2, max_batch_tokens=16)
-    old, young = sequence(4, 4), sequence(4, 4)
-    scheduler.add(old)
-    scheduler.add(young)
-    for _ in range(2):
-        batch = scheduler.schedule()
-        assert batch is not None
-        scheduler.commit(batch)
-        for chunk in batch.chunks:
-            chunk.sequence.tokens.append(0)
-    assert (old.preemptions, young.preemptions) == (0, 1)
-    assert (young.computed, young.generated, scheduler.waiting) == (0, 1, 1)
+def run_step(scheduler: Scheduler) -> Batch:
+    """One step as the engine makes it; every sequence that samples gets token 0."""
+    batch = scheduler.schedule()
+    assert batch is not None
+    sampling = [chunk.sequence for chunk in batch.chunks if chunk.samples]
+    scheduler.commit(batch)
+    for each in sampling:
+        each.tokens.append(0)
+    return batch
 
 
-def test_a_pool_hands_out_all_or_nothing() -> None:
-    pool = BlockPool(3, 2)
-    with pytest.raises(OutOfBlocks):
-        pool.allocate(4)
-    assert pool.free == 3
-    taken = pool.allocate(3)
-    with pytest.raises(AssertionError):
-        pool.check_integrity([taken[:2]])
-    with pytest.raises(AssertionError):
-        pool.check_integrity([taken, taken[:1]])
-    pool.release(taken)
-    pool.check_integrity([])
+def test_a_prompt_that_enters_takes_small_chunks_beside_others_and_large_ones_alone() -> None:
+    scheduler = Scheduler(BlockPool(100, 4), max_running=4, max_batch_tokens=64, prefill_chunk_tokens=9)
+    scheduler.add(sequence(2, 50))
+    run_step(scheduler)
+    scheduler.add(sequence(25, 50))
+    assert [[chunk.length for chunk in run_step(scheduler).chunks] for _ in range(4)] == [[1, 10], [1, 10], [1, 5], [1, 1]]
+    alone = Scheduler(BlockPool(100, 4), max_running=4, max_batch_tokens=64, prefill_chunk_tokens=9)
+    alone.add(sequence(70, 50))
+    assert [[chunk.length for chunk in run_step(alone).chunks] for _ in range(2)] == [[64], [6]]
+
+
+def test_the_same_prompt_again_runs_only_what_is_not_in_full_blocks() -> None:
+    scheduler = Scheduler(BlockPool(100, 4), max_running=4, max_batch_tokens=64)
+    first, same, longer, other = sequence(12, 5), sequence(12, 5), sequence(18, 5), sequence(12, 5, CHOICES[1])
+    scheduler.add(first)
+    run_step(scheduler)
+    for each in (same, longer, other):
+        scheduler.add(each)
+    chunks = {chunk.sequence: (chunk.start, chunk.length) for chunk in run_step(scheduler).chunks}
+    assert chunks == {first: (12, 1), same: (8, 4), longer: (12, 6), other: (0, 12)}
+    assert (scheduler.prefix_stats.hits, scheduler.prefix_stats.misses, scheduler.prefix_stats.reused_tokens) == (2, 2, 20)
+    scheduler.check_integrity()
+
+
+def test_one_adapters_flood_delays_another_by_one_prompt() -> None:
+    scheduler = Scheduler(BlockPool(1000, 4), max_running=1, max_batch_tokens=64)
+    flood = [sequence(40, 1, CHOICES[1]) for _ in range(20)]
+    for each in flood:
+        scheduler.add(each)
+    admitted = []
+    late = sequence(40, 1, CHOICES[3])
+    for number in range(6):
+        if number == 3:
+            scheduler.add(late)
+        batch = run_step(scheduler)
+        admitted += [chunk.sequence for chunk in batch.chunks]
+        scheduler.finish(batch.chunks[0].sequence)
+    assert admitted.index(late) in (3, 4)
+
+
+def test_the_youngest_gives_way_and_comes_back_before_all_others() -> None:
+    pool = BlockPool(6, 2)
+    scheduler = Scheduler(pool, max_running=2, max_batch_tokens=16, prefix_cache=False)
+    old, young, later = sequence(5, 7), sequence(3, 7), sequence(2, 1)
+    for each in (old, young, later):
+        scheduler.add(each)
+    while not young.preemptions:
+        run_step(scheduler)
+    assert (old.preemptions, young.computed, young.blocks, scheduler.waiting) == (0, 0, [], 2)
+    made = young.generated
+    while old.generated < 7:
+        run_step(scheduler)
+        assert scheduler.running == 1
+    scheduler.finish(old)
+    batch = run_step(scheduler)
+    assert batch.chunks[0] == Chunk(young, 0, 3 + made)
+
+
+def test_sequences_that_do_not_fit_side_by_side_do_not_keep_throwing_each_other_out() -> None:
+    scheduler = Scheduler(BlockPool(8, 2), max_running=4, max_batch_tokens=16, prefix_cache=False)
+    live = [sequence(4, 12, choice) for choice in CHOICES]  # each needs all eight blocks in the end
+    for each in live:
+        scheduler.add(each)
+    steps = 0
+    while live:
+        run_step(scheduler)
+        steps += 1
+        for each in [each for each in live if each.generated == 12]:
+            live.remove(each)
+            scheduler.finish(each)
+            assert each.preemptions <= 3  # at most once for each that is older
+    assert steps <= 4 * 12
+
+
+def test_nobody_is_admitted_into_the_space_that_the_next_tokens_of_others_need() -> None:
+    scheduler = Scheduler(BlockPool(5, 2), max_running=4, max_batch_tokens=16)
+    scheduler.add(sequence(6, 4))
+    scheduler.add(sequence((7, 7, 7), 2))
+    run_step(scheduler)
+    assert (scheduler.running, scheduler.waiting) == (1, 1)
 
 
 def test_a_budget_below_the_row_limit_is_refused() -> None:

@@ -69,12 +69,39 @@ def test_each_base_model_has_an_adapters_folder_of_its_own(monkeypatch: pytest.M
         ({"policies": '{"latency": {"kind": "max"}}'}, "the name 'latency' is built in"),
         ({"max_batch_tokens": "63"}, "at least max_running_requests, 64"),
         ({"colour": "red"}, "colour"),
+        ({"host": "0.0.0.0"}, "host (DYLORA_HOST): others can reach '0.0.0.0', and there are no API keys"),
+        ({"host": "::"}, "others can reach '::'"),
+        ({"host": "example.org"}, "--allow-open (DYLORA_ALLOW_OPEN=true)"),
+        ({"host": "0.0.0.0", "api_keys": ""}, "others can reach"),
+        ({"api_keys": "{}", "api_keys_file": "keys.json"}, "give one of the two"),
+        ({"request_timeout_s": "0"}, "request_timeout_s"),
+        ({"header_timeout_s": "inf"}, "header_timeout_s"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_legal(given: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load(given)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"host": "localhost"},
+        {"host": "::1"},
+        {"host": "127.0.0.53"},
+        {"host": "0.0.0.0", "allow_open": "true"},
+        {"host": "0.0.0.0", "api_keys": "{}"},
+        {"host": "0.0.0.0", "api_keys_file": "keys.json"},
+    ],
+)
+def test_others_are_let_in_by_keys_or_by_saying_so(given: dict[str, Any]) -> None:
+    assert Settings.load(given).host == given["host"]
+
+
+def test_keys_are_not_shown_with_the_settings() -> None:
+    settings = Settings.load({"api_keys": "the-content"})
+    assert "the-content" not in repr(settings) + str(settings.api_keys)
 
 
 def test_an_unknown_variable_is_refused_with_the_nearest_legal_one(monkeypatch: pytest.MonkeyPatch) -> None:

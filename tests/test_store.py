@@ -60,6 +60,34 @@ def test_what_is_put_is_listed_and_loaded_also_by_the_next_process(tmp_path: Pat
         assert same(store.load(store.get("a")), renest(read_peft(source)))
 
 
+def test_an_owner_is_kept_beside_the_name(tmp_path: Path) -> None:
+    source = upload(tmp_path / "u")
+    with open_store(tmp_path / "s") as store:
+        shared = store.put("a", source)
+        owned = store.put("b", source, owner="alice")
+        assert (shared.owner, owned.owner, shared.version) == (None, "alice", owned.version)
+        assert store.put("b", source).owner is None  # equal content, but another owner
+        store.put("b", source, owner="alice")
+    with open_store(tmp_path / "s") as store:
+        assert [each.owner for each in store.list()] == [None, "alice"]
+    (tmp_path / "s" / "versions" / owned.version / "adapter_config.json").unlink()
+    with open_store(tmp_path / "s") as store:
+        assert set(store.broken) == {"a", "b"}
+        assert (store.broken_owner("a"), store.broken_owner("b")) == (None, "alice")
+        store.delete("b")
+        assert store.broken_owner("b") is None
+
+
+@pytest.mark.parametrize("owner", ['""', "5", "[]"])
+def test_a_record_whose_owner_is_none_is_damaged(tmp_path: Path, owner: str) -> None:
+    with open_store(tmp_path / "s") as store:
+        store.put("a", upload(tmp_path / "u"), owner="alice")
+    record = tmp_path / "s" / "names" / "a.json"
+    record.write_text(record.read_text().replace('"alice"', owner))
+    with open_store(tmp_path / "s") as store:
+        assert set(store.broken) == {"a"}
+
+
 @pytest.mark.parametrize(
     ("kind", "renest_it", "expected"),
     [

@@ -3,9 +3,9 @@ import threading
 
 import pytest
 
-from service.core import Aborted, Finished, GenerationRequest, SamplingParams, TokenEvent
+from service.core import Aborted, Failed, Finished, GenerationRequest, SamplingParams, TokenEvent
 from service.engine.fake_engine import FakeEngine
-from service.errors import QueueFull
+from service.errors import DeadlinePassed, QueueFull, SlowReader
 from service.http.stream import EventStream
 
 
@@ -70,6 +70,49 @@ def test_a_closed_loop_does_not_hurt_the_engine() -> None:
         assert engine.wait_until(lambda stats: stats.running == 0)
     finally:
         engine.stop()
+
+
+def test_a_cut_is_heard_by_the_reader_at_once_and_by_the_observer_when_the_engine_has_aborted() -> None:
+    async def run(engine: FakeEngine) -> None:
+        heard: list[object] = []
+        events = EventStream(engine, request(400), heard.append)
+        events.submit()
+        error = DeadlinePassed(1)
+        with engine.paused():
+            events.cut(error)
+            events.cut(DeadlinePassed(2))
+            assert await events.next() == Failed("r", error)
+        assert engine.wait_until(lambda stats: stats.running == 0)
+        assert heard[-1] == Failed("r", error)
+        assert sum(isinstance(event, Failed) for event in heard) == 1
+
+    with_engine(run)
+
+
+def test_a_cut_after_the_end_changes_nothing() -> None:
+    async def run(engine: FakeEngine) -> None:
+        events = EventStream(engine, request(3))
+        events.submit()
+        assert engine.wait_until(lambda stats: stats.running == 0)
+        events.cut(DeadlinePassed(1))
+        assert [type(event) for event in [event async for event in events]] == [TokenEvent] * 3 + [Finished]
+
+    with_engine(run)
+
+
+def test_a_reader_that_falls_behind_is_cut_off_and_what_waits_is_bounded() -> None:
+    async def run(engine: FakeEngine) -> None:
+        heard: list[object] = []
+        events = EventStream(engine, request(400), heard.append, max_unread=10)
+        events.submit()
+        assert engine.wait_until(lambda stats: stats.running == 0)
+        assert len(events._events) == 11
+        end = await events.next()
+        assert isinstance(end, Failed)
+        assert isinstance(end.error, SlowReader)
+        assert heard[-1] == end
+
+    with_engine(run)
 
 
 def test_a_refused_request_raises_at_submit() -> None:

@@ -1,38 +1,32 @@
-import random
+import itertools
+import math
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from adapters.adapter import Adapter
-from adapters.errors import InvalidAdapter
-from adapters.evaluation.evaluate import completion_loss
-from adapters.training.dylora import DyLoRAConfig
+from adapters.errors import InvalidAdapter, TrainingError
+from adapters.evaluation.loss import completion_loss
+from adapters.training.checkpoints import last_checkpoint
+from adapters.training.dylora import DyLoRAConfig, RankDistribution, UpdateRule
 from adapters.training.encoding import EncodedPair
-from adapters.training.layer import inject, nested_layers, set_rank
-from adapters.training.settings import TrainSettings
-from adapters.training.trainer import DyLoRATrainer, train_dylora
+from adapters.training.layer import factors, inject, nested_layers, set_rank
+from adapters.training.settings import OptimizerName, TrainSettings
+from adapters.training.trainer import DyLoRATrainer, prepare, train_dylora, trained_adapter
 from tests.tiny_models import tiny_model
+from tests.training_harness import are_equal_adapters, copying_pairs
 
 CONFIG = DyLoRAConfig(r_max=4, alpha=4.0)
 SETTINGS = TrainSettings(
     max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=1, seed=3, disable_tqdm=True
 )
-
-
-def copying_pairs(count: int = 32) -> list[EncodedPair]:
-    """Prompts of four tokens out of 20, to be repeated and ended."""
-    rng = random.Random(0)
-    prompts = [tuple(rng.choices(range(2, 22), k=4)) for _ in range(count)]
-    return [EncodedPair(prompt, (*prompt, 1)) for prompt in prompts]
-
-
-def same(one: Adapter, other: Adapter) -> bool:
-    factors = [[t for m in adapter.modules.values() for t in (m.a, m.b)] for adapter in (one, other)]
-    return all(torch.equal(a, b) for a, b in zip(*factors, strict=True))
 
 
 def run(folder: Path, config: DyLoRAConfig = CONFIG, settings: TrainSettings = SETTINGS, resume: bool = False) -> Adapter:
@@ -80,19 +74,16 @@ def test_sandwich_runs_every_micro_batch_at_full_rank_and_at_the_drawn_one(tmp_p
 
 def test_the_same_seed_repeats_a_run_exactly_and_another_does_not(tmp_path: Path) -> None:
     first = run(tmp_path / "a")
-    assert same(first, run(tmp_path / "b"))
-    assert not same(first, run(tmp_path / "c", settings=replace(SETTINGS, seed=4)))
+    assert are_equal_adapters(first, run(tmp_path / "b"))
+    assert not are_equal_adapters(first, run(tmp_path / "c", settings=replace(SETTINGS, seed=4)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, dropout: float) -> None:
     config, settings = replace(CONFIG, dropout=dropout), replace(SETTINGS, save_steps=2)
     whole = run(tmp_path / "run", config, settings)
-    last = tmp_path / "run" / "checkpoint-6"
-    for file in last.iterdir():  # as if it had been stopped after step 4
-        file.unlink()
-    last.rmdir()
-    assert same(whole, run(tmp_path / "run", config, settings, resume=True))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")  # as if it had been stopped after step 4
+    assert are_equal_adapters(whole, run(tmp_path / "run", config, settings, resume=True))
 
 
 def test_a_checkpoint_holds_no_base_and_another_rank_refuses_it(tmp_path: Path) -> None:
@@ -117,6 +108,156 @@ def test_training_lowers_the_loss_at_rank_1_and_at_r_max_and_leaves_the_base(tmp
     assert all(loss < 0.8 * base_loss for loss in losses)
     after = {name.replace(".base.", "."): value for name, value in model.state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+FROZEN = replace(CONFIG, update=UpdateRule.FROZEN)
+BY_ROW = replace(SETTINGS, optim=OptimizerName.ROW_ADAMW, weight_decay=0.1)
+
+
+class FactorRecorder(TrainerCallback):  # type: ignore[misc]
+    """Notes a copy of all factors before the first step and after each."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.steps.append({name: t.clone() for name, t in factors(self._model).items()})
+
+    on_step_end = on_train_begin
+
+
+@pytest.mark.parametrize("update", list(UpdateRule))
+def test_a_step_at_rank_b_moves_the_rows_of_its_update_rule_and_no_other_by_one_bit(tmp_path: Path, update: UpdateRule) -> None:
+    config, settings = replace(CONFIG, update=update), replace(BY_ROW, max_steps=12)
+    model = tiny_model("llama")
+    prepare(model, config, settings.seed)
+    trainer = DyLoRATrainer(config, model, copying_pairs(), settings, tmp_path)
+    recorder = FactorRecorder(model)
+    trainer.add_callback(recorder)
+    trainer.train()
+    moved = set()
+    # The first step's learning rate is 0: the warm-up starts there.
+    for step, (before, after) in enumerate(itertools.pairwise(recorder.steps[1:]), start=1):
+        start, stop = update.rows(config.draw(settings.seed, step))
+        moved.add((start, stop))
+        for name, old in before.items():
+            changed = (old != after[name]).any(dim=1 if name.endswith("lora_a") else 0)
+            assert [row for row, has in enumerate(changed) if has] == list(range(start, stop)), (step, name)
+    assert len(moved) == 4
+
+
+def test_frozen_rows_are_resumed_with_their_own_state(tmp_path: Path) -> None:
+    settings = replace(BY_ROW, save_steps=2)
+    whole = run(tmp_path / "run", FROZEN, settings)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    assert are_equal_adapters(whole, run(tmp_path / "run", FROZEN, settings, resume=True))
+
+
+@pytest.mark.parametrize("optim", [OptimizerName.ADAMW, OptimizerName.MUON])
+def test_an_optimiser_that_would_move_frozen_rows_is_refused(tmp_path: Path, optim: OptimizerName) -> None:
+    with pytest.raises(TrainingError, match="'frozen' needs the optimiser 'row-adamw', not"):
+        run(tmp_path, FROZEN, replace(SETTINGS, optim=optim))
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    run(tmp_path, settings=replace(SETTINGS, save_steps=2))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "complete").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def gradients(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """Of one micro-batch, with dropout, at rank 2."""
+    model = tiny_model("llama")
+    config, settings = replace(CONFIG, ranks=(2, 4), dropout=0.2), replace(SETTINGS, **changes)
+    prepare(model, config, 0)
+    trainer = DyLoRATrainer(
+        replace(config, distribution=RankDistribution.WEIGHTS, weights=(1, 0)), model, copying_pairs(), settings, folder
+    )
+    caught: dict[str, torch.Tensor] = {}
+
+    class Catch(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+            caught.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Catch())
+    trainer.train()
+    return caught
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
+    plain, checkpointed = (gradients(tmp_path, max_steps=1, gradient_checkpointing=on) for on in (False, True))
+    assert plain.keys() == checkpointed.keys() and any(g.any() for g in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_bf16_trains_to_nearly_what_float32_does_and_keeps_float32_factors(tmp_path: Path) -> None:
+    settings, losses = replace(SETTINGS, max_steps=40, per_device_train_batch_size=8), []
+    for bf16 in (False, True):
+        model = tiny_model("llama").to(torch.bfloat16 if bf16 else torch.float32)
+        adapter = train_dylora(model, copying_pairs(), CONFIG, replace(settings, bf16=bf16), tmp_path / str(bf16))
+        assert {t.dtype for m in adapter.modules.values() for t in (m.a, m.b)} == {torch.float32}
+        losses.append(completion_loss(model, copying_pairs()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[0] < 0.8 * completion_loss(tiny_model("llama"), copying_pairs())
+
+
+def test_evaluation_measures_each_rank_per_token_whatever_the_batches(tmp_path: Path) -> None:
+    pairs = [*copying_pairs(5), EncodedPair((3,), (4, 5, 6, 7, 8, 1)), EncodedPair((3, 4, 5), (1,))]
+    model = tiny_model("llama")
+    settings = replace(SETTINGS, max_steps=3, eval_steps=2, eval_ranks=(1, 3), per_device_eval_batch_size=3)
+    prepare(model, CONFIG, 0)
+    trainer = DyLoRATrainer(CONFIG, model, copying_pairs(), settings, tmp_path, pairs)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_rank_3_loss" in entry] == [2, 3]
+    metrics = trainer.evaluate()
+    assert list(metrics) == ["eval_rank_1_loss", "eval_rank_3_loss"]
+    for rank in (1, 3):
+        set_rank(model, rank)
+        assert metrics[f"eval_rank_{rank}_loss"] == pytest.approx(completion_loss(model, pairs), rel=1e-5)
+
+
+def test_evaluation_changes_nothing_in_what_is_trained(tmp_path: Path) -> None:
+    config = replace(CONFIG, dropout=0.2)
+    model = tiny_model("llama")
+    settings = replace(SETTINGS, eval_steps=1)
+    measured = train_dylora(model, copying_pairs(), config, settings, tmp_path, eval_rows=copying_pairs(4))
+    once = train_dylora(tiny_model("llama"), copying_pairs(), config, settings, tmp_path, eval_rows=copying_pairs(4))
+    assert are_equal_adapters(measured, once)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+
+    class Poison(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, *_: object, **__: object) -> None:
+            if state.global_step == 2:
+                next(nested_layers(model))[1].lora_a.data.fill_(math.nan)
+
+    prepare(model, CONFIG, 0)
+    trainer = DyLoRATrainer(CONFIG, model, copying_pairs(), SETTINGS, tmp_path)
+    trainer.add_callback(Poison())
+    with pytest.raises(TrainingError, match="step 3: the loss is nan; try a lower learning_rate"):
+        trainer.train()
+    with pytest.raises(TrainingError, match="lora_a is no longer finite"):
+        trained_adapter(model, CONFIG.adapter_config())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_steps": 0}, "max_steps must be at least 1, not 0"),
+        ({"learning_rate": -1.0, "seed": -1}, "learning_rate must be above 0, not -1.0; seed must lie between"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be a whole number of steps, or below 1 a share"),
+        ({"label_smoothing_factor": 1.0}, "label_smoothing_factor must be at least 0 and below 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainingError, match=re.escape(said)):
+        replace(SETTINGS, **change)
 
 
 def test_completion_loss_counts_completion_tokens_whatever_the_batch() -> None:

@@ -132,11 +132,25 @@ def random_peft_adapter(
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules or LINEAR_TARGETS[kind])
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "fan_in_fan_out": kind == "gpt2", **lora_config}
-    config = LoraConfig(r=r, target_modules=targets, **settings)
+    return save_random_peft(
+        tiny_model(kind), LoraConfig(r=r, target_modules=targets, **settings), folder, seed=seed, dtype=dtype, std=std
+    )
+
+
+def save_random_peft(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    std: float = 0.2,
+) -> Path:
+    """The same for any model and any of PEFT's configs. The model is changed."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on embeddings and layouts is not what a test is about
         torch.manual_seed(seed)
-        wrapped = get_peft_model(tiny_model(kind), config)
+        wrapped = get_peft_model(model, config)
         for name, parameter in wrapped.named_parameters():
             if not parameter.requires_grad:
                 continue

@@ -5,7 +5,13 @@ Nothing here or in what it imports may import torch: help and usage errors come 
 
 from typing import Any
 
-from adapters.commands import train
+from adapters.commands import convert, evaluate, export, inspect, train
 from adapters.commands.command import Command
 
-COMMANDS: tuple[Command[Any], ...] = (train.COMMAND,)
+COMMANDS: tuple[Command[Any], ...] = (
+    train.COMMAND,
+    evaluate.COMMAND,
+    inspect.COMMAND,
+    convert.COMMAND,
+    export.COMMAND,
+)

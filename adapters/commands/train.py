@@ -119,7 +119,7 @@ class TrainOptions:
     def dylora(self) -> DyLoRAConfig:
         """Raises InvalidAdapter."""
         return DyLoRAConfig(
-            r_max=self.r_max or max(self.ranks, default=_DYLORA.r_max),
+            r_max=max(self.ranks, default=_DYLORA.r_max) if self.r_max is None else self.r_max,
             alpha=self.lora_alpha,
             rslora=self.use_rslora,
             ranks=self.ranks,
@@ -278,7 +278,8 @@ examples:
   dylora train --model ./base --data train.jsonl --r-max 16 --out ./adapter
   dylora train --model ./base --data train.jsonl --eval-data dev.jsonl --eval-steps 100 --ranks 1,2,4,8,16 \\
       --max-steps 1000 --learning-rate 1e-3 --report-to tensorboard --out ./adapter --resume
-  torchrun --nproc-per-node 2 --no-python dylora train --model ./base --data train.jsonl --bf16 --out ./adapter
+  torchrun --standalone --nproc-per-node 2 --no-python dylora train --model ./base --data train.jsonl \\
+      --bf16 --out ./adapter
 
 in Python:
   from adapters import train

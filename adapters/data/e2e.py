@@ -1,6 +1,7 @@
 """The E2E NLG challenge's CSV files (Novikova, Dušek, Rieser 2017)."""
 
 import csv
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def _tidy(text: str) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    rows = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     expected = f"expected the columns {', '.join(E2E_COLUMNS)}"
     try:
         header = next(rows, [])

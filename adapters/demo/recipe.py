@@ -23,17 +23,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.checkpoint import QUALITY_FILE, read_peft, write_peft
-from adapters.config import AdapterKind
 from adapters.demo import ARTIFACTS, BASE_NAME
 from adapters.demo.base import BaseRecipe, save_base, train_base
 from adapters.demo.stock_lora import train_stock_lora
 from adapters.demo.tasks import DYLORA, E2E, LORA_ALPHA, R_MAX, AdapterName, settings_of, task_of
 from adapters.errors import AdapterError
-from adapters.evaluation.evaluate import evaluate
-from adapters.nesting import renest
+from adapters.evaluation.attach import AttachedAdapter
+from adapters.evaluation.completions import CompletionSet
+from adapters.evaluation.measurement import measure as measure_ranks
+from adapters.evaluation.report import report_of
 from adapters.quality import QualityProfile
 from adapters.training.encoding import encode
-from adapters.training.layer import write_adapter
 from adapters.training.trainer import train_dylora
 
 SHOWN_RANKS = (1, 2, 4, 8, 16)
@@ -97,11 +97,10 @@ def measure(name: AdapterName, corpus: E2E, out: Path) -> QualityProfile:
     """Write quality.json beside the adapter, measured at every rank on what a server makes of the files."""
     model, tokenizer = load_base(out)
     folder, task = adapter_folder(out, name), task_of(name, corpus)
-    adapter = read_peft(folder)
-    if adapter.config.kind is AdapterKind.LORA:
-        adapter = renest(adapter)
-    write_adapter(model, adapter)
-    profile = evaluate(model, tokenizer, task.dev, adapter.config.ranks, task.metrics, task.source)
+    attached = AttachedAdapter(model, read_peft(folder))
+    data = CompletionSet(task.dev, tokenizer, task.metrics, loss_completions=2)
+    measured = measure_ranks(model, attached.select, data, attached.adapter.config.ranks)
+    profile = report_of(measured, title=name, source=task.source).profile
     profile.save(folder / QUALITY_FILE)
     for metric in profile.metrics:
         values = "  ".join(f"{rank}: {metric.values[rank]:.3f}" for rank in SHOWN_RANKS if rank in metric.values)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapters.data.e2e import read_e2e, reversed_pairs, spaced
 from adapters.data.example import Example
-from adapters.evaluation.evaluate import BLEU, SLOT_COVERAGE, SLOT_F1, TextMetric
+from adapters.evaluation.text_metrics import BLEU, SLOT_COVERAGE, SLOT_F1, TextMetric
 from adapters.training.dylora import DyLoRAConfig, RankDistribution
 from adapters.training.settings import OptimizerName, TrainSettings
 

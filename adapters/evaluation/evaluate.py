@@ -1,120 +1,164 @@
-"""Quality at every rank: what an adapter loses when it is used at a lower one."""
+"""An adapter's quality on a corpus: from data and model to the report."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from adapters.data.example import Example
-from adapters.evaluation.slots import slot_coverage, slot_f1
-from adapters.quality import Metric, QualityProfile
-from adapters.training.encoding import EncodedPair, PairDataset, RightPad, encode
-from adapters.training.layer import set_rank
+from adapters.adapter import Adapter
+from adapters.data.example import Corpus, LabelledText, Task
+from adapters.data.formats import FORMATS
+from adapters.errors import AdapterError
+from adapters.evaluation.attach import AttachedAdapter
+from adapters.evaluation.base_model import BaseModel
+from adapters.evaluation.completions import CompletionSet
+from adapters.evaluation.generation import GREEDY, Decoding, check_room
+from adapters.evaluation.label_metrics import LABEL_METRICS
+from adapters.evaluation.labels import LabelledSet
+from adapters.evaluation.measurement import EvaluationSet, measure
+from adapters.evaluation.names import MetricName
+from adapters.evaluation.report import Report, report_of
+from adapters.evaluation.text_metrics import TEXT_METRICS
+from adapters.training.chat import examples_of
+from adapters.training.encoding import encode_labelled
+from adapters.training.token_limit import max_tokens
 from adapters.training.trainer import padding_id
-
-LOSS = "loss per completion token"
-
-Score = Callable[[Sequence[str], Sequence[Example]], float]
-"""Scores generated texts against the examples whose prompts they answer."""
 
 
 @dataclass(frozen=True)
-class TextMetric:
-    """A metric on generated text; higher is better."""
+class Measures:
+    """What is measured, and how.
 
-    name: str
-    score: Score
-
-
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    ranks: Sequence[int],
-    metrics: Sequence[TextMetric],
-    source: str,
-    max_new_tokens: int = 96,
-    loss_completions: int = 2,
-) -> QualityProfile:
-    """Measure loss and text metrics at each of `ranks`, on a model whose layers are NestedLoRA.
-
-    The texts are generated greedily, one per example. The profile's metrics are the loss, in nats per
-    completion token over the first `loss_completions` completions of each example, then the text metrics in order. The
-    loss comes first because it is the steadiest: policies that compare neighbouring ranks need that.
+    Attributes:
+        metrics: besides the loss; what is usual for the data's format if None.
+        decoding: of generated texts.
+        batch_size: rows of a forward pass.
+        resamples: of the bootstrap.
+        seed: of the bootstrap's draws.
     """
-    pairs = encode([Example(e.prompt, e.completions[:loss_completions]) for e in examples], tokenizer)
-    values: dict[str, dict[int, float]] = {name: {} for name in (LOSS, *(m.name for m in metrics))}
-    for rank in tqdm(ranks, desc="quality", unit="rank"):
-        set_rank(model, rank)
-        texts = generate(model, tokenizer, [e.prompt for e in examples], max_new_tokens) if metrics else []
-        for metric in metrics:
-            values[metric.name][rank] = metric.score(texts, examples)
-        values[LOSS][rank] = completion_loss(model, pairs)
-    return QualityProfile(
-        tuple(Metric(name, name != LOSS, by_rank) for name, by_rank in values.items()),
-        source=source,
+
+    metrics: tuple[MetricName, ...] | None = None
+    decoding: Decoding = GREEDY
+    batch_size: int = 32
+    resamples: int = 1000
+    seed: int = 0
+
+
+USUAL = Measures()
+"""What is usual for the data."""
+
+
+def evaluate_adapter(
+    adapter: Adapter,
+    base: BaseModel,
+    corpus: Corpus,
+    measures: Measures = USUAL,
+    *,
+    ranks: Sequence[int] | None = None,
+    title: str = "adapter",
+) -> Report:
+    """Measure an adapter at `ranks`, at full rank, and the base without it.
+
+    Args:
+        adapter: any kind; a plain LoRA is re-nested, as a server does.
+        base: its model, which is left as it was.
+        corpus: to measure on.
+        measures: what, and how.
+        ranks: the adapter's, all of them if None; the full one is always measured.
+        title: the adapter's name, for the report.
+
+    Raises:
+        DataError: the data does not fit the model.
+        IllegalRank: one of `ranks` is none of the adapter's.
+        InvalidAdapter: the adapter does not fit the model.
+        AdapterError: a metric that this data does not have.
+    """
+    names = metrics_of(corpus, measures.metrics)
+    attached = AttachedAdapter(base.model, adapter)
+    config = attached.adapter.config
+    chosen = sorted({*(ranks or config.ranks), config.r_max})
+    for rank in chosen:
+        config.check_rank(rank)
+    notes = [] if attached.adapter is adapter else [f"a plain LoRA of rank {adapter.config.r_max}, re-nested by SVD"]
+    base_name = "base"
+    data = evaluation_set(corpus, base, names, measures)
+    try:
+        found = measure(base.model, attached.select, data, chosen, with_base=base.has_own_head)
+    finally:
+        attached.select(None)
+    if isinstance(data, LabelledSet) and not base.has_own_head:
+        base_name, found = "majority", replace(found, base=data.majority())
+        notes.append("the base model has no trained head of its own; majority answers every text with the most frequent class")
+    how = f"; {measures.decoding}, at most {measures.decoding.max_new_tokens} tokens" if _generates(names) else ""
+    return report_of(
+        found,
+        title=f"{title}, base model {base.name}",
+        source=corpus.source + how,
+        resamples=measures.resamples,
+        seed=measures.seed,
+        base_name=base_name,
+        notes=tuple(notes),
     )
 
 
-@torch.no_grad()
-def completion_loss(model: PreTrainedModel, pairs: Sequence[EncodedPair], batch_size: int = 32) -> float:
-    """Mean loss in nats per completion token, the end-of-text token among them, at the selected rank."""
-    model.eval()
-    collate = RightPad(padding_id(model))
-    total, count = 0.0, 0
-    by_length = sorted(pairs, key=lambda pair: len(pair.prompt) + len(pair.completion))
-    dataset = PairDataset(by_length)
-    for start in range(0, len(dataset), batch_size):
-        batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-        tokens = sum(len(pair.completion) for pair in by_length[start : start + batch_size])
-        total += model(**batch).loss.item() * tokens
-        count += tokens
-    return total / count
+def drawn(corpus: Corpus, max_examples: int | None, seed: int) -> Corpus:
+    """At most `max_examples` of the corpus, drawn at random: files are often sorted, and their head is then the easy part."""
+    if max_examples is None or max_examples >= len(corpus.items):
+        return corpus
+    items: Any = tuple(random.Random(seed).sample(corpus.items, max_examples))
+    return replace(corpus, items=items, source=f"{corpus.source}; {max_examples} of them, drawn with seed {seed}")
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int = 96,
-    batch_size: int = 64,
-) -> list[str]:
-    """Greedy completions at the selected rank, in the prompts' order, stripped of white space at both ends."""
-    model.eval()
-    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    texts: dict[int, str] = {}
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
-        longest = len(encoded[rows[-1]])
-        # padded on the left: the new tokens follow the prompt's last one
-        lengths = [len(encoded[i]) for i in rows]
-        ids = torch.tensor([[padding_id(model)] * (longest - n) + encoded[i] for i, n in zip(rows, lengths, strict=True)])
-        mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
-        answers = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-        texts |= {row: answer.strip() for row, answer in zip(rows, answers, strict=True)}
-    return [texts[i] for i in range(len(prompts))]
+def metrics_of(corpus: Corpus, wanted: Sequence[MetricName] | None) -> tuple[MetricName, ...]:
+    """The metrics besides the loss, each once: those wanted, else what is usual for the corpus's format.
+
+    Raises:
+        AdapterError: one that this data does not have; names the legal ones.
+    """
+    legal = _legal_metrics(corpus)
+    if wanted is None:
+        usual = tuple(MetricName(name) for name in FORMATS[corpus.format].metrics)
+        return usual if corpus.task is Task.CLASSIFICATION else (MetricName.PERPLEXITY, *usual)
+    illegal = [name for name in wanted if name not in legal]
+    if illegal:
+        raise AdapterError(f"metrics: {', '.join(illegal)} can't be measured on {corpus.source}; legal: {', '.join(legal)}")
+    return tuple(dict.fromkeys(MetricName(name) for name in wanted if name != MetricName.LOSS))
 
 
-def _bleu(texts: Sequence[str], examples: Sequence[Example]) -> float:
-    import sacrebleu  # training and evaluation only: a server has no need of it
+def _legal_metrics(corpus: Corpus) -> tuple[MetricName, ...]:
+    if corpus.task is Task.CLASSIFICATION:
+        names = [name for name in LABEL_METRICS if name is not MetricName.F1 or len(corpus.labels) == 2]
+        return (MetricName.LOSS, *names)
+    losses = (MetricName.LOSS, MetricName.PERPLEXITY)
+    is_text = not any(getattr(item, "prompt", True) for item in corpus.items)
+    return losses if is_text else (*losses, *TEXT_METRICS)
 
-    most = max(len(e.completions) for e in examples)
-    # sacrebleu wants the references as columns; None stands for one that an example doesn't have
-    columns: Any = [[e.completions[i].strip() if i < len(e.completions) else None for e in examples] for i in range(most)]
-    return float(sacrebleu.corpus_bleu(list(texts), columns).score)
+
+def _generates(names: Sequence[MetricName]) -> bool:
+    return any(name in TEXT_METRICS for name in names)
 
 
-BLEU = TextMetric("BLEU", _bleu)
-"""Corpus BLEU, 0 to 100, against all of an example's completions."""
+def evaluation_set(corpus: Corpus, base: BaseModel, names: Sequence[MetricName], measures: Measures) -> EvaluationSet:
+    """The corpus, encoded for the model.
 
-SLOT_F1 = TextMetric("slot F1", lambda texts, examples: slot_f1(texts, [e.completions[0] for e in examples]))
-"""Micro F1 of E2E's slots, 0 to 1; the example's first completion is the truth."""
-
-SLOT_COVERAGE = TextMetric("slot coverage", lambda texts, examples: slot_coverage(texts, [e.prompt for e in examples]))
-"""Share of the prompt's name, place, food and kind that the text states, 0 to 1."""
+    Raises:
+        DataError: it does not fit the model: too long, or a template is missing.
+    """
+    limit = max_tokens(base.model, base.tokenizer)
+    if corpus.task is Task.CLASSIFICATION:
+        items = [item for item in corpus.items if isinstance(item, LabelledText)]
+        texts = encode_labelled(items, base.tokenizer, limit or 512)
+        pad = padding_id(base.model)
+        return LabelledSet(texts, len(corpus.labels), names, pad_token_id=pad, batch_size=measures.batch_size)
+    data = CompletionSet(
+        examples_of(corpus, base.tokenizer),
+        base.tokenizer,
+        [TEXT_METRICS[name] for name in names if name in TEXT_METRICS],
+        decoding=measures.decoding,
+        batch_size=measures.batch_size,
+        max_tokens=limit,
+        with_perplexity=MetricName.PERPLEXITY in names,
+    )
+    if _generates(names):
+        check_room(data.prompts, measures.decoding.max_new_tokens, limit)
+    return data

@@ -3,7 +3,7 @@
     root/
     ├── lock                    held by the one process that owns the store
     ├── versions/<digest>/      adapter_config.json, adapter_model.safetensors, perhaps quality.json; never changed
-    ├── names/<name>.json       {"version": digest, "created": UTC time}; replaced atomically
+    ├── names/<name>.json       {"version": digest, "created": UTC time}, perhaps "owner"; replaced atomically
     └── tmp/<random>/           uploads and versions on their way in or out; emptied at start
 
 A version is durable before its name points to it, and leaves after no name does. So whatever moment the process is killed
@@ -28,7 +28,15 @@ from adapters.errors import AdapterBusy, AdapterNotFound, InvalidAdapter, Invali
 from adapters.limits import CheckpointLimits
 from adapters.nesting import renest as renest_adapter
 from adapters.store import files
-from adapters.store.stored import LEGAL_NAMES, StoredAdapter, check_name, is_digest, read_name_file, version_folder
+from adapters.store.stored import (
+    LEGAL_NAMES,
+    NameRecord,
+    StoredAdapter,
+    check_name,
+    is_digest,
+    read_name_file,
+    version_folder,
+)
 
 __all__ = ["LEGAL_NAMES", "AdapterStore", "StoredAdapter", "check_name"]
 
@@ -63,6 +71,7 @@ class AdapterStore:
         self._guard = threading.RLock()  # of what follows
         self._adapters: dict[str, StoredAdapter] = {}
         self._broken: dict[str, InvalidAdapter] = {}
+        self._broken_owners: dict[str, str] = {}
         self._busy: set[str] = set()
         try:
             self._recover()
@@ -101,6 +110,11 @@ class AdapterStore:
         """Names whose files could not be read when the store was opened, with the reason. They can be put and deleted."""
         with self._guard:
             return dict(self._broken)
+
+    def broken_owner(self, name: str) -> str | None:
+        """Whose a damaged adapter is; None for a shared one, and where the damage is in the record of that."""
+        with self._guard:
+            return self._broken_owners.get(name)
 
     def get(self, name: str) -> StoredAdapter:
         """The current version of a name.
@@ -149,16 +163,19 @@ class AdapterStore:
         folder: Path,
         *,
         renest: bool = True,
+        owner: str | None = None,
         check: Callable[[StoredAdapter, Adapter], None] | None = None,
     ) -> StoredAdapter:
         """Validate an adapter's folder and make it the current version of a name. What is there already stays until then.
 
-        Equal content under the same name changes nothing and returns what is there.
+        Equal content under the same name, of the same owner, changes nothing and returns what is there.
 
         Args:
             name: see `check_name`.
             folder: PEFT's two files, perhaps quality.json; only read.
             renest: rotate a plain LoRA into SVD order, so that it can be served at every rank.
+            owner: whose it shall be, kept beside the name; None for a shared adapter. The store itself grants and refuses
+                nothing by it.
             check: called with what would be stored, before the name leads to it. What it raises stops the put, and the
                 store stays as it was: this is how a server refuses an adapter that does not fit its base model.
 
@@ -176,7 +193,8 @@ class AdapterStore:
                 adapter = renest_adapter(adapter)
             with _disk_full_as_store_full(), self.new_upload() as staging:
                 write_peft(adapter, staging)
-                stored = self._describe(name, staging, files.digest_folder(staging), datetime.now(UTC))
+                record = NameRecord(files.digest_folder(staging), datetime.now(UTC), owner)
+                stored = self._describe(name, staging, record)
                 files.sync_folder(staging)
                 if check is not None:
                     check(stored, adapter)
@@ -193,7 +211,7 @@ class AdapterStore:
             if name not in self._adapters and name not in self._broken:
                 raise AdapterNotFound(name)
             stored = self._adapters.pop(name, None)
-            self._broken.pop(name, None)
+            self._forget_broken(name)
             files.remove_file(self._name_file(name))
             if stored is not None:
                 self._discard_unless_used(stored.version)
@@ -220,7 +238,8 @@ class AdapterStore:
         """Move a durable version in and point its name to it."""
         with self._guard:
             old = self._adapters.get(stored.name)
-            if old is not None and old.version == stored.version and self._is_whole(stored.version):
+            is_same = old is not None and (old.version, old.owner) == (stored.version, stored.owner)
+            if old is not None and is_same and self._is_whole(stored.version):
                 return old
             self._check_count(stored.name)
             self._check_bytes(stored)
@@ -229,13 +248,17 @@ class AdapterStore:
                 files.discard_folder(target, self._tmp)
             if not target.exists():
                 files.move_folder(staging, target)
-            content = {"version": stored.version, "created": stored.created.isoformat()}
-            files.replace_json(self._name_file(stored.name), content, self._tmp)
+            record = NameRecord(stored.version, stored.created, stored.owner)
+            files.replace_json(self._name_file(stored.name), record.to_json(), self._tmp)
             self._adapters[stored.name] = stored
-            self._broken.pop(stored.name, None)
+            self._forget_broken(stored.name)
             if old is not None:
                 self._discard_unless_used(old.version)
             return stored
+
+    def _forget_broken(self, name: str) -> None:
+        self._broken.pop(name, None)
+        self._broken_owners.pop(name, None)
 
     def _check_bytes(self, stored: StoredAdapter) -> None:
         after = {**self._adapters, stored.name: stored}
@@ -267,9 +290,12 @@ class AdapterStore:
             name = path.stem
             try:
                 check_name(name)
-                version, created = read_name_file(path)
-                used.add(version)
-                self._adapters[name] = self._describe(name, self._versions / version, version, created)
+                record = read_name_file(path)
+                used.add(record.version)
+                if record.owner is not None:
+                    self._broken_owners[name] = record.owner  # until its files have been read
+                self._adapters[name] = self._describe(name, self._versions / record.version, record)
+                self._broken_owners.pop(name, None)
             except InvalidName:
                 continue  # not ours
             except InvalidAdapter as error:
@@ -280,17 +306,18 @@ class AdapterStore:
             if is_digest(folder.name) and folder.name not in used:
                 files.discard_folder(folder, self._tmp)
 
-    def _describe(self, name: str, folder: Path, version: str, created: datetime) -> StoredAdapter:
+    def _describe(self, name: str, folder: Path, record: NameRecord) -> StoredAdapter:
         """What is known of a stored folder without reading its tensors."""
         description = describe_peft(folder, limits=_NO_LIMITS)
         return StoredAdapter(
             name=name,
-            version=version,
+            version=record.version,
             config=description.config,
             targets=tuple(sorted({path.rpartition(".")[2] for path in description.modules})),
             nbytes=files.folder_bytes(folder),
             quality=description.quality,
-            created=created,
+            created=record.created,
+            owner=record.owner,
         )
 
 

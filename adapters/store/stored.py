@@ -41,6 +41,7 @@ class StoredAdapter:
         nbytes: size of the stored files in bytes.
         quality: measured quality per rank, if known.
         created: when the name came to lead to this version, UTC.
+        owner: to whom the name belongs, in the words of whoever put it; None for an adapter that is shared.
     """
 
     name: str
@@ -50,6 +51,21 @@ class StoredAdapter:
     nbytes: int
     quality: QualityProfile | None
     created: datetime
+    owner: str | None = None
+
+
+@dataclass(frozen=True)
+class NameRecord:
+    """What a name's file says: the version it leads to, since when, and whose it is."""
+
+    version: str
+    created: datetime
+    owner: str | None = None
+
+    def to_json(self) -> dict[str, str]:
+        """As `read_name_file` reads it."""
+        content = {"version": self.version, "created": self.created.isoformat()}
+        return content if self.owner is None else {**content, "owner": self.owner}
 
 
 def version_folder(versions: Path, version: str) -> Path:
@@ -63,8 +79,8 @@ def version_folder(versions: Path, version: str) -> Path:
     return versions / version
 
 
-def read_name_file(path: Path) -> tuple[str, datetime]:
-    """The version that a name leads to, and since when.
+def read_name_file(path: Path) -> NameRecord:
+    """The version that a name leads to, since when, and whose it is.
 
     Raises:
         InvalidAdapter: the file is damaged.
@@ -73,6 +89,9 @@ def read_name_file(path: Path) -> tuple[str, datetime]:
     try:
         if not isinstance(content, dict) or not is_digest(content["version"]):
             raise ValueError(content)
-        return content["version"], datetime.fromisoformat(content["created"])
+        owner = content.get("owner")
+        if not (owner is None or (isinstance(owner, str) and owner)):
+            raise ValueError(owner)
+        return NameRecord(content["version"], datetime.fromisoformat(content["created"]), owner)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidAdapter([f"{path.name}: must have a version (a SHA-256) and a time created"]) from error

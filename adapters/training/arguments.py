@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from adapters.training.settings import TrainSettings
@@ -23,6 +24,7 @@ def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArgumen
         max_grad_norm=settings.max_grad_norm,
         label_smoothing_factor=settings.label_smoothing_factor,
         bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # bf16 is refused on a CPU that isn't named
         activation_checkpointing=settings.gradient_checkpointing,
         # The re-entrant kind needs an input with a gradient, which a frozen embedding doesn't give.
         activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,

@@ -117,16 +117,6 @@ def load_base(
     return base
 
 
-def token_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest input, in tokens, that both can take."""
-    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    for path, module in model.named_modules():
-        # RoBERTa and its kin count positions from the padding's on.
-        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions -= int(module.padding_idx) + 1
-    return int(min(positions, tokenizer.model_max_length))
-
-
 def _load_classifier(name: str, labels: Sequence[str], options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
         name,

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from adapters.data.example import Example
+from adapters.data.example import Example, LabelledText
 from adapters.errors import DataError
 
 IGNORED = -100
@@ -18,32 +19,116 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One prompt with one completion; the completion ends with the end-of-text token."""
+    """One prompt with one completion; the completion ends with the end-of-text token, unless it was cut.
+
+    Attributes:
+        is_text: plain text; the prompt is at most what the tokenizer puts before every text.
+    """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    is_text: bool = False
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """Pairs that keep a limit, and what it took.
+
+    Attributes:
+        cut: completions whose end was cut off.
+        dropped: pairs that were left out, since their prompt leaves no room for a completion.
+        divided: plain texts that were divided into several.
+    """
+
+    pairs: list[EncodedPair]
+    cut: int = 0
+    dropped: int = 0
+    divided: int = 0
 
 
 def encode(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> list[EncodedPair]:
-    """Encode every completion of every example with its prompt.
+    """Encode every completion of every example with its prompt, and end it.
 
-    The two sides are tokenised apart: a server sees the prompt alone, so no token may straddle the seam.
+    A server sees the prompt alone, so the prompt's tokens are those that it has alone. The completion's are those that
+    follow them where both are tokenised together, since some tokenizers put a space before every text; where a token
+    would straddle the seam, they are those that the completion has alone.
 
     Raises:
         DataError: the tokenizer has no end-of-text token, or a pair is longer than `max_tokens`; names the first.
+            `shorten` is for those who would rather lose something.
     """
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise DataError("the tokenizer has no end-of-text token; expected one, to teach the model where to stop")
     pairs = []
     for example in examples:
-        prompt = tuple(tokenizer(example.prompt).input_ids)
-        for text in example.completions:
-            completion = (*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
-            if max_tokens is not None and len(prompt) + len(completion) > max_tokens:
-                total = len(prompt) + len(completion)
-                raise DataError(f"{total} tokens in {example.prompt[:80]!r}; expected at most {max_tokens}")
-            pairs.append(EncodedPair(prompt, completion))
+        prompt = prompt_ids(example, tokenizer)
+        for text, completion in zip(example.completions, _completions(example, prompt, tokenizer), strict=True):
+            total = len(prompt) + len(completion)
+            if max_tokens is not None and total > max_tokens:
+                start = (example.prompt or text)[:80]
+                raise DataError(f"{total} tokens in {start!r}; expected at most {max_tokens}")
+            pairs.append(EncodedPair(prompt, completion, is_text=not example.prompt))
     return pairs
+
+
+def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The prompt as a model is given it, to train on and to answer."""
+    return tuple(tokenizer(example.prompt, add_special_tokens=example.end is None, verbose=False).input_ids)
+
+
+def _completions(example: Example, prompt: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:
+    is_templated = example.end is not None
+    end = () if is_templated else (end_of_text(tokenizer),)
+    texts = [text + (example.end or "") for text in example.completions]
+    whole = [example.prompt + text for text in texts]
+    # not verbose: it would warn of long texts, which are the caller's to refuse or to shorten
+    together = tokenizer(whole, add_special_tokens=not is_templated, verbose=False).input_ids
+    for text, ids in zip(texts, together, strict=True):
+        follows = tuple(ids[: len(prompt)]) == prompt
+        yield (*(ids[len(prompt) :] if follows else tokenizer(text, add_special_tokens=False).input_ids), *end)
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The end-of-text token. Raises DataError if the tokenizer has none."""
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise DataError("the tokenizer has no end-of-text token; expected one, to teach the model where to stop")
+    return tokenizer.eos_token_id
+
+
+def shorten(pairs: Iterable[EncodedPair], max_tokens: int) -> Shortened:
+    """Bring every pair to at most `max_tokens`.
+
+    A long plain text is divided; each piece has the last token of the one before it as its prompt, so that every token is
+    trained on once. Of any other long pair the completion's end is cut off, the end-of-text token with it.
+
+    Raises:
+        DataError: `max_tokens` is below 2, or no pair is left.
+    """
+    if max_tokens < 2:
+        raise DataError(f"at most {max_tokens} tokens; expected at least 2, a token and one that it predicts")
+    kept: list[EncodedPair] = []
+    cut = dropped = divided = 0
+    for pair in pairs:
+        if len(pair.prompt) >= max_tokens:
+            dropped += 1
+        elif len(pair.prompt) + len(pair.completion) <= max_tokens:
+            kept.append(pair)
+        elif pair.is_text:
+            divided += 1
+            kept.extend(_divided(pair, max_tokens))
+        else:
+            cut += 1
+            kept.append(EncodedPair(pair.prompt, pair.completion[: max_tokens - len(pair.prompt)]))
+    if not kept:
+        raise DataError(f"no prompt leaves room for a completion within {max_tokens} tokens; expected one at least")
+    return Shortened(kept, cut, dropped, divided)
+
+
+def _divided(pair: EncodedPair, max_tokens: int) -> Iterator[EncodedPair]:
+    context, rest = pair.prompt, pair.completion
+    while rest:
+        room = max_tokens - len(context)
+        piece, rest = rest[:room], rest[room:]
+        yield EncodedPair(context, piece, is_text=True)
+        context = piece[-1:]
 
 
 class PairDataset(Dataset[dict[str, list[int]]]):
@@ -71,17 +156,90 @@ class RightPad:
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         """Tensors of `rows`, with the attention mask that hides the padding."""
-        lengths = [len(row["input_ids"]) for row in rows]
-        longest = max(lengths)
-
-        def padded(key: str, value: int) -> Tensor:
-            return torch.tensor([[*row[key], *[value] * (longest - len(row[key]))] for row in rows])
-
         return {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "labels": padded("labels", IGNORED),
-            "attention_mask": torch.tensor([[1] * n + [0] * (longest - n) for n in lengths]),
+            "input_ids": _padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "labels": _padded([row["labels"] for row in rows], IGNORED),
+            "attention_mask": _mask([row["input_ids"] for row in rows]),
         }
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text, or a pair of texts, as an encoder reads it, with the tokenizer's special tokens.
+
+    Attributes:
+        label: the index of its class.
+        token_type_ids: which text of the pair each token is of; None if the model doesn't ask for it.
+    """
+
+    input_ids: tuple[int, ...]
+    label: int
+    token_type_ids: tuple[int, ...] | None = None
+
+
+def encode_labelled(items: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[EncodedText]:
+    """Encode texts, or pairs through the tokenizer's own template for pairs, of at most `max_tokens` each.
+
+    What is longer loses its end; of a pair the longer text loses first.
+
+    Raises:
+        DataError: some are pairs and some aren't, or `max_tokens` leaves no room beside the special tokens.
+    """
+    seconds = [item.second for item in items if item.second is not None]
+    if seconds and len(seconds) != len(items):
+        raise DataError(f"{len(seconds)} of {len(items)} texts are pairs; expected all or none")
+    least = tokenizer.num_special_tokens_to_add(pair=bool(seconds)) + (2 if seconds else 1)
+    if max_tokens < least:
+        raise DataError(f"at most {max_tokens} tokens; expected at least {least}, to hold something of every text")
+    texts = [item.text for item in items]
+    encoded = tokenizer(texts, seconds or None, truncation="longest_first", max_length=max_tokens)
+    types = encoded.get("token_type_ids") or [None] * len(items)
+    return [
+        EncodedText(tuple(ids), item.label, None if kinds is None else tuple(kinds))
+        for item, ids, kinds in zip(items, encoded.input_ids, types, strict=True)
+    ]
+
+
+class LabelledDataset(Dataset[dict[str, Any]]):
+    """Encoded texts as transformers' Trainer takes them: `input_ids`, `labels`, and `token_type_ids` where there are any."""
+
+    def __init__(self, texts: Sequence[EncodedText]) -> None:
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        text = self._texts[index]
+        row: dict[str, Any] = {"input_ids": list(text.input_ids), "labels": text.label}
+        return row if text.token_type_ids is None else row | {"token_type_ids": list(text.token_type_ids)}
+
+
+@dataclass(frozen=True)
+class LabelledPad:
+    """Collate rows of a LabelledDataset to one length: [rows, longest], but `labels`, which are [rows]."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Tensors of `rows`, with the attention mask that hides the padding."""
+        batch = {
+            "input_ids": _padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "labels": torch.tensor([row["labels"] for row in rows]),
+            "attention_mask": _mask([row["input_ids"] for row in rows]),
+        }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = _padded([row["token_type_ids"] for row in rows], 0)
+        return batch
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])  # [rows, longest]
+
+
+def _mask(rows: Sequence[Sequence[int]]) -> Tensor:
+    return _padded([[1] * len(row) for row in rows], 0)
 
 
 class LikeLengths(Sampler[int]):

@@ -94,7 +94,7 @@ class RowAdamW(torch.optim.Optimizer):
             counts = state["step"][rows]
             counts += 1
             # As a rule every matrix of a group has taken part in the same steps.
-            key = (counts.numpy().tobytes(), matrix.device, matrix.dtype)
+            key = (counts.numpy().tobytes(), matrix.device, matrix.dtype, matrix.ndim)
             if key not in known:
                 known[key] = _scales(counts, matrix, group)
             scales.append(known[key])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 import transformers
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adapters.data import formats
 from adapters.data.example import Corpus, LabelledText, Task
 from adapters.errors import DataError, TrainingError
-from adapters.training.base_model import Base, Precision, load_base, token_limit
+from adapters.training.base_model import Base, Precision, load_base
 from adapters.training.chat import examples_of
 from adapters.training.checkpoints import last_checkpoint
 from adapters.training.dylora import DyLoRAConfig
@@ -22,12 +23,16 @@ from adapters.training.heads import is_classifier
 from adapters.training.rows import Rows, training_data
 from adapters.training.run_folder import CHECKPOINTS, RunFolder
 from adapters.training.settings import TrainSettings
+from adapters.training.token_limit import max_tokens
 from adapters.training.trainer import DyLoRATrainer, prepare, trained_adapter
 
 _LOG = logging.getLogger(__name__)
 
 _LOOK_BACK_ROWS = 256
 """How much of the training data is measured at the end, where there is none to evaluate on."""
+
+_NO_LIMIT = 1 << 20
+"""Tokens of an example where neither the model nor its tokenizer has a limit."""
 
 _MAY_CHANGE = frozenset(
     {"eval_steps", "eval_ranks", "save_steps", "logging_steps", "report_to", "disable_tqdm", "per_device_eval_batch_size"}
@@ -91,7 +96,7 @@ def execute(run: TrainingRun) -> TrainReport:
         InvalidAdapter, IllegalRank: the adapter's settings don't fit the model.
         TrainingError: the run can't start, or can't go on.
     """
-    processes = PartialState()
+    processes = PartialState(cpu=not torch.accelerator.is_available())  # unnamed, CPUs make no group
     folder = RunFolder(run.out, run.checkpoint_dir or run.out / CHECKPOINTS)
     run.settings.check_fits(run.dylora)
     if run.settings.eval_steps is not None and run.eval_data is None:
@@ -112,7 +117,7 @@ def execute(run: TrainingRun) -> TrainReport:
     trainer.train(resume_from_checkpoint=last_checkpoint(folder.checkpoints) if run.resume else None)
     adapter = trained_adapter(base.model, run.dylora.adapter_config(run.model or None))
     if eval_rows:
-        measured_on, metrics = str(run.eval_data), trainer.evaluate()
+        measured_on, metrics = str(run.eval_data), trainer.last_measured() or trainer.evaluate()
     else:
         seen = rows[:_LOOK_BACK_ROWS]
         measured_on, metrics = f"{len(seen)} examples of the training data", trainer.evaluate(training_data(seen, 0).dataset)
@@ -159,7 +164,8 @@ def _like(evaluation: Corpus, corpus: Corpus) -> Corpus:
 
 
 def _encoded(corpus: Corpus, base: Base, max_length: int | None) -> Rows:
-    limit = min(max_length or token_limit(base.model, base.tokenizer), token_limit(base.model, base.tokenizer))
+    limits = (max_length, max_tokens(base.model, base.tokenizer))
+    limit = min((limit for limit in limits if limit is not None), default=_NO_LIMIT)
     if corpus.task is Task.CLASSIFICATION:
         texts = [item for item in corpus.items if isinstance(item, LabelledText)]
         return encode_labelled(texts, base.tokenizer, limit)

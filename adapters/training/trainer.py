@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.integrations import TensorBoardCallback
+from transformers.pytorch_utils import Conv1D
 
 from adapters.adapter import Adapter
 from adapters.config import AdapterConfig
@@ -84,8 +85,9 @@ def trained_adapter(model: PreTrainedModel, config: AdapterConfig) -> Adapter:
             raise TrainingError(f"{name} is no longer finite after the last step; {_LOWER_THE_RATE}")
     paths = {f"{path}.{name}" for path, _ in nested_layers(model) for name in ("lora_a", "lora_b")}
     saved = {name: tensor.cpu().clone() for name, tensor in tensors.items() if name not in paths}
-    task = "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM"
-    training: dict[str, object] = {"task_type": task}
+    training: dict[str, object] = {"task_type": "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM"}
+    if any(isinstance(layer.base, Conv1D) for _, layer in nested_layers(model)):
+        training["fan_in_fan_out"] = True  # PEFT's word for a weight that lies transposed
     if saved:
         training["modules_to_save"] = sorted({_listed(name) for name in saved})
     return Adapter(adapter.config, adapter.modules, saved_modules=saved, training=training)
@@ -248,6 +250,11 @@ class DyLoRATrainer(PairTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def last_measured(self) -> dict[str, float] | None:
+        """What was measured after the last step, None if nothing was."""
+        entries = (entry for entry in reversed(self.state.log_history) if entry["step"] == self.state.global_step)
+        return next((found for entry in entries if (found := _measured(entry))), None)
+
     @torch.no_grad()
     def _totals(self, dataset: Any) -> tuple[float, float, float]:
         """Loss, tokens (or texts) and hits over `dataset`, from all processes; each row counts once."""
@@ -267,6 +274,10 @@ class DyLoRATrainer(PairTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(model or self._module, Path(resume_from_checkpoint))
+
+
+def _measured(entry: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name.startswith("eval_rank_")}
 
 
 def padding_id(model: PreTrainedModel) -> int:

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
@@ -43,14 +44,21 @@ class EngineOptions:
         max_running: sequences that run side by side.
         max_waiting: requests that may queue behind them.
         max_batch_tokens: tokens of one step, decode rows and prefill chunks together.
+        prefill_chunk_tokens: prompt tokens of a step that also has decode rows, whose next tokens wait for them, and one
+            more for each of those. The default was chosen on a CPU with a Llama of 100M parameters in fp32 and 8 rows that
+            generate while 1,500 tokens enter: 16 tokens at a time made a step 1.4 times as long, in the median.
+        prefix_cache: reuse the keys and values of prompts that begin alike, at the same adapter and rank. Who can time
+            answers can tell whether a prompt was asked before; tenants who must not know that of each other need it off.
         merge_after_steps: consecutive steps of one (adapter, rank) before its weights are merged.
     """
 
     max_running: int = 64
     max_waiting: int = 256
     max_batch_tokens: int = 512
+    prefill_chunk_tokens: int = 16
     kv_cache_bytes: int = 512 << 20
     kv_block_tokens: int = 16
+    prefix_cache: bool = True
     merged_cache_bytes: int = 512 << 20
     merge_after_steps: int = 8
 
@@ -89,13 +97,21 @@ class Engine:
         )
         self._runner = Runner(loaded, cache)
         check_served_alike(loaded, self._runner, block_tokens=options.kv_block_tokens)
-        self._scheduler = Scheduler(self._pool, max_running=options.max_running, max_batch_tokens=options.max_batch_tokens)
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._scheduler = Scheduler(
+            self._pool,
+            max_running=options.max_running,
+            max_batch_tokens=options.max_batch_tokens,
+            prefill_chunk_tokens=options.prefill_chunk_tokens,
+            prefix_cache=options.prefix_cache,
+        )
         self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings())
         self._planner = Planner(
             self._bank,
             cache_bytes=options.merged_cache_bytes,
             merge_after_steps=options.merge_after_steps,
             observer=observer,
+            post=self._inbox.put,
         )
         self._tickets: dict[Sequence, Ticket] = {}
 
@@ -108,7 +124,6 @@ class Engine:
         self._ending = 0  # requests that left `_live` and whose sink has not heard it yet
         self._is_draining = False
         self._is_stopped = False
-        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stats = EngineStats(kv_blocks_total=self._pool.total)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -130,6 +145,7 @@ class Engine:
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
             self._thread.join()
+        self._planner.stop()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait until what runs has ended; True if all ended in time."""
@@ -197,6 +213,25 @@ class Engine:
         """Counts after the last step."""
         return self._stats
 
+    def check_integrity(self) -> None:
+        """Assert that every block, row and adapter's user belongs to a live request; an idle engine thus holds nothing.
+
+        An engine that runs checks itself between two steps.
+
+        Raises:
+            AssertionError: naming what does not add up.
+        """
+        checked: Future[None] = Future()
+        with self._lock:
+            is_running = self._thread.is_alive() and not self._is_stopped
+            if is_running:
+                self._inbox.put(lambda: _answer(checked, self._check_integrity))
+        if is_running:
+            return checked.result()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._check_integrity()
+
     def _check(self, request: GenerationRequest) -> None:
         asked = len(request.prompt_ids) + request.sampling.max_new_tokens
         limit = self._facts.max_context_tokens
@@ -215,10 +250,7 @@ class Engine:
         try:
             while not self._is_stopped:
                 self._obey()
-                batch = self._scheduler.schedule()
-                if batch is not None:
-                    self._step(batch)
-                self._publish()
+                self._step()
         except Exception:  # a bug of ours: whoever waits must still hear of an end
             log.exception("the engine's thread failed and takes no more requests")
         with self._lock:
@@ -226,6 +258,12 @@ class Engine:
         self._obey()
         for ticket in list(self._tickets.values()):
             self._end(ticket, Failed(ticket.request.request_id, EngineFailed("the engine was stopped")))
+
+    def _step(self) -> None:
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            self._execute(batch)
+        self._publish()
 
     def _obey(self) -> None:
         """Carry out what other threads asked for; wait for the first if there is nothing else to do."""
@@ -247,7 +285,7 @@ class Engine:
         if ticket is not None:  # else it ended while the call was on its way
             self._end(ticket, Aborted(ticket.request.request_id))
 
-    def _step(self, batch: Batch) -> None:
+    def _execute(self, batch: Batch) -> None:
         started = time.monotonic()
         tickets = [self._tickets[chunk.sequence] for chunk in batch.chunks]
         try:
@@ -270,7 +308,7 @@ class Engine:
                 else:
                     self._tell(ticket, event)
         if self._observer is not None:
-            decodes = sum(chunk.start > 0 and chunk.length == 1 for chunk in batch.chunks)
+            decodes = sum(chunk.is_decode for chunk in batch.chunks)
             prefill_tokens = sum(chunk.length for chunk in batch.chunks) - decodes
             self._observer.on_step(StepReport(mode, prefill_tokens, decodes, now - started))
 
@@ -307,6 +345,7 @@ class Engine:
         if not is_loaded and not self._bank.is_used(version):
             self._bank.forget(version)
             self._planner.forget(version)
+            self._pool.forget(version)
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
         try:
@@ -319,16 +358,32 @@ class Engine:
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
             kv_blocks_used=self._pool.used,
+            kv_blocks_cached=self._pool.cached,
             kv_blocks_total=self._pool.total,
             resident_adapters=self._bank.resident,
             adapter_bytes=self._bank.nbytes,
             merged=self._planner.stats,
+            prefix=self._scheduler.prefix_stats,
         )
 
-    def check_integrity(self) -> None:
-        """Assert that an idle engine holds nothing: call it when no request is in flight."""
+    def _check_integrity(self) -> None:
         self._scheduler.check_integrity()
-        if self._tickets or self._live or self._pool.used or self._bank.users:
-            raise AssertionError(
-                f"an idle engine holds {len(self._tickets)} requests, {self._pool.used} blocks, {self._bank.users} users"
-            )
+        if {*self._scheduler.sequences()} != self._tickets.keys():
+            raise AssertionError(f"{len(self._tickets)} tickets for {len(self._scheduler.sequences())} sequences")
+        with self._lock:
+            live = set(self._live.values())
+        if not self._tickets.keys() <= live:
+            raise AssertionError("a request that has ended still has a row")
+        users = sum(ticket.has_columns for ticket in self._tickets.values())
+        if users != self._bank.users:
+            raise AssertionError(f"the adapters have {self._bank.users} users, {users} of them requests")
+
+
+def _answer(asked: Future[None], call: Callable[[], None]) -> None:
+    """Do what another thread waits for, and let an error be that thread's."""
+    try:
+        call()
+    except AssertionError as error:
+        asked.set_exception(error)
+    else:
+        asked.set_result(None)

@@ -23,6 +23,9 @@ HARMLESS = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cach
 """Attention arguments that carry nothing which the step does not know already."""
 
 
+_SHORT_CONTEXT_TOKENS = 256
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """One attention layer's part of the cache."""
@@ -162,11 +165,21 @@ class Scratch:
         return held[:size].view(shape)
 
 
+@dataclass(frozen=True)
+class _DecodeGroup:
+    """Decode rows that are attended together, padded to the longest context among them."""
+
+    rows: Tensor  # [decodes], indices into the step's decode rows
+    table: Tensor  # [decodes, most blocks]
+    mask: Tensor  # [decodes, 1, 1, most blocks * block_tokens], True where a row may look
+
+
 class PagedAttention:
     """One step's attention: writes the rows' keys and values to their slots, then lets each row see its own sequence.
 
-    Rows of length-1 spans (decode) are attended together, padded to the longest context among them; longer spans
-    (prefill chunks) one after the other.
+    Rows of length-1 spans (decode) are attended together in groups of like length, so that a long context does not cost
+    those beside it; longer spans (prefill chunks) one after the other. A layer with a window reads only the blocks that
+    hold it.
     """
 
     def __init__(
@@ -178,28 +191,26 @@ class PagedAttention:
         scratch: "Scratch",
     ) -> None:
         self._layers = layers
+        self._block_tokens = block_tokens
+        self._device = device
         self._scratch = scratch
         slots = [slot for span in spans for slot in _slots(span, block_tokens)]
         self._write_slots = torch.tensor(slots, device=device)  # [rows]
-        self._prefills: list[tuple[int, Span, Tensor]] = []
+        self._prefills: list[tuple[int, Span]] = []
+        self._decodes: list[Span] = []
         decode_rows: list[int] = []
-        tables: list[Tensor] = []
-        ends: list[int] = []
         row = 0
         for span in spans:
-            table = torch.tensor(span.blocks[: -(-span.end // block_tokens)])  # [blocks that hold what the rows see]
             if span.length == 1:
                 decode_rows.append(row)
-                tables.append(table)
-                ends.append(span.end)
+                self._decodes.append(span)
             else:
-                self._prefills.append((row, span, table.to(device)))
+                self._prefills.append((row, span))
             row += span.length
         self._decode_rows = torch.tensor(decode_rows, device=device)  # [decodes]
-        self._ends = torch.tensor(ends, device=device)  # [decodes]
-        if tables:
-            self._decode_table = nn.utils.rnn.pad_sequence(tables, batch_first=True).to(device)  # [decodes, most blocks]
-        self._decode_masks: dict[int | None, Tensor] = {}
+        # Layers with the same window share these; built by the first of them.
+        self._groups: dict[int | None, list[_DecodeGroup]] = {}
+        self._chunks: dict[int | None, list[tuple[Tensor, Tensor]]] = {}
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """Output of one layer, [rows, heads, value_dim]."""
@@ -210,25 +221,31 @@ class PagedAttention:
             return self._decode(call.query.transpose(0, 1), keys, values, call)
         heads, rows, _ = call.query.shape
         out = call.query.new_empty(rows, heads, call.value.shape[-1])
-        if len(self._decode_rows):
+        if self._decodes:
             query = call.query[:, self._decode_rows].transpose(0, 1)
             out[self._decode_rows] = self._decode(query, keys, values, call)
-        for row, span, table in self._prefills:
+        for (row, span), (table, mask) in zip(self._prefills, self._prefill_views(call.window), strict=True):
             end = row + span.length
             query = call.query[None, :, row:end]  # [1, heads, length, dim]
-            seen_keys, seen_values = self._gather("keys", keys, table[None]), self._gather("values", values, table[None])
-            mask = _causal_mask(span, seen_keys.shape[2], call.window, query.device)
+            seen_keys, seen_values = self._gather("keys", keys, table), self._gather("values", values, table)
             out[row:end] = _attention(query, seen_keys, seen_values, mask, call)[0].transpose(0, 1)
         return out
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
         """`query` is [decodes, heads, dim]; the result [decodes, heads, value_dim]."""
-        seen_keys = self._gather("keys", keys, self._decode_table)
-        seen_values = self._gather("values", values, self._decode_table)
-        mask = self._decode_mask(seen_keys.shape[2], call.window)
+        groups = self._decode_groups(call.window)
+        if len(groups) == 1:
+            return self._decode_group(query, keys, values, groups[0], call)
+        out = query.new_empty(*query.shape[:2], call.value.shape[-1])
+        for group in groups:
+            out[group.rows] = self._decode_group(query[group.rows], keys, values, group, call)
+        return out
+
+    def _decode_group(self, query: Tensor, keys: Tensor, values: Tensor, group: _DecodeGroup, call: AttentionCall) -> Tensor:
+        seen_keys, seen_values = self._gather("keys", keys, group.table), self._gather("values", values, group.table)
         # The query heads that share a key/value head see the same keys: as queries of one head they need no copies of it.
         grouped = query.reshape(len(query), seen_keys.shape[1], -1, query.shape[-1])  # [decodes, kv_heads, groups, dim]
-        return _attention(grouped, seen_keys, seen_values, mask, call).flatten(1, 2)
+        return _attention(grouped, seen_keys, seen_values, group.mask, call).flatten(1, 2)
 
     def _gather(self, what: str, cache: Tensor, table: Tensor) -> Tensor:
         """Whole blocks side by side, [sequences, kv_heads, blocks * block_tokens, dim]. Good until the next call."""
@@ -238,17 +255,50 @@ class PagedAttention:
         torch.index_select(cache, 0, table.flatten(), out=taken)
         return taken.view(sequences, blocks * block_tokens, heads, dim).transpose(1, 2)
 
-    def _decode_mask(self, longest: int, window: int | None) -> Tensor:
-        """True where a decode row may look, [decodes, 1, 1, longest]; built once a step for each window size in use."""
-        mask = self._decode_masks.get(window)
-        if mask is None:
-            position = torch.arange(longest, device=self._ends.device)
-            mask = position < self._ends[:, None]
-            if window is not None:
-                mask &= position >= self._ends[:, None] - window
-            mask = mask[:, None, None, :]
-            self._decode_masks[window] = mask
-        return mask
+    def _decode_groups(self, window: int | None) -> list[_DecodeGroup]:
+        if window not in self._groups:
+            views = [_seen_blocks(span, window, self._block_tokens) for span in self._decodes]
+            by_size: dict[int, list[int]] = {}
+            for row, seen in enumerate(views):
+                by_size.setdefault(_size_class(len(seen) * self._block_tokens), []).append(row)
+            self._groups[window] = [self._decode_view(rows, views, window) for rows in by_size.values()]
+        return self._groups[window]
+
+    def _decode_view(self, rows: list[int], views: Sequence[range], window: int | None) -> _DecodeGroup:
+        tables = [torch.tensor([self._decodes[row].blocks[number] for number in views[row]]) for row in rows]
+        table = nn.utils.rnn.pad_sequence(tables, batch_first=True)  # [decodes, most blocks]
+        first = torch.tensor([views[row].start * self._block_tokens for row in rows])[:, None]  # [decodes, 1]
+        end = torch.tensor([self._decodes[row].end for row in rows])[:, None]
+        position = first + torch.arange(table.shape[1] * self._block_tokens)
+        mask = position < end
+        if window is not None:
+            mask &= position >= end - window
+        return _DecodeGroup(torch.tensor(rows).to(self._device), table.to(self._device), mask[:, None, None].to(self._device))
+
+    def _prefill_views(self, window: int | None) -> list[tuple[Tensor, Tensor]]:
+        """For each prefill chunk the blocks that its rows see, [1, blocks], and where each row may look."""
+        if window not in self._chunks:
+            self._chunks[window] = [self._prefill_view(span, window) for _, span in self._prefills]
+        return self._chunks[window]
+
+    def _prefill_view(self, span: Span, window: int | None) -> tuple[Tensor, Tensor]:
+        seen = _seen_blocks(span, window, self._block_tokens)
+        table = torch.tensor([[span.blocks[number] for number in seen]], device=self._device)
+        positions = torch.arange(seen.start * self._block_tokens, seen.stop * self._block_tokens, device=self._device)
+        return table, _causal_mask(span, positions, window)
+
+
+def _size_class(tokens: int) -> int:
+    """Contexts of one class are padded to the longest of them: at most to double, or up to a length where that costs less
+    than attending to them apart.
+    """
+    return max(tokens - 1, _SHORT_CONTEXT_TOKENS - 1).bit_length()
+
+
+def _seen_blocks(span: Span, window: int | None, block_tokens: int) -> range:
+    """Which of the sequence's blocks the span's rows see, themselves included."""
+    first = 0 if window is None else max(0, span.start + 1 - window)
+    return range(first // block_tokens, -(-span.end // block_tokens))
 
 
 def _slots(span: Span, block_tokens: int) -> list[int]:
@@ -256,12 +306,11 @@ def _slots(span: Span, block_tokens: int) -> list[int]:
     return [span.blocks[at // block_tokens] * block_tokens + at % block_tokens for at in range(span.start, span.end)]
 
 
-def _causal_mask(span: Span, longest: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a chunk's row may look, [length, longest]."""
-    rows = torch.arange(span.start, span.end, device=device)[:, None]
-    seen = torch.arange(longest, device=device)
-    mask = seen <= rows
-    return mask if window is None else mask & (seen > rows - window)
+def _causal_mask(span: Span, positions: Tensor, window: int | None) -> Tensor:
+    """True where a chunk's row may look, [length, positions]."""
+    rows = torch.arange(span.start, span.end, device=positions.device)[:, None]
+    mask = positions <= rows
+    return mask if window is None else mask & (positions > rows - window)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:

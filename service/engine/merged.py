@@ -12,12 +12,26 @@ from service.core import AdapterChoice, CacheStats
 from service.engine.adapted import AdaptedModule, replaced_parameters, touched_modules
 from service.engine.sites import Site
 
+_ALIGNMENT_BYTES = 64
+_SLICE_BYTES = 1 << 20
+"""Of a weight merged at a time: it stays in the processor's cache between the copy and the product, and no call is so long
+that a step has to wait for the core."""
+
+
+class MergeCancelled(Exception):
+    """A merge was given up because nobody waits for it any more."""
+
 
 @dataclass(frozen=True)
 class MergedWeights:
-    """Module path to the parameters that run in the place of the base's own."""
+    """Module path to the parameters that run in the place of the base's own.
+
+    Attributes:
+        buffer: the memory that holds the merged matrices, one after the other; bytes.
+    """
 
     parameters: Mapping[str, Mapping[str, Tensor]]
+    buffer: Tensor
 
     @property
     def nbytes(self) -> int:
@@ -32,15 +46,35 @@ class MergedWeights:
         return module.site.run(x, merged)
 
 
-def merge(adapter: Adapter, choice: AdapterChoice, site_of: Callable[[str], Site]) -> MergedWeights:
+@torch.no_grad()
+def merge(
+    adapter: Adapter,
+    choice: AdapterChoice,
+    site_of: Callable[[str], Site],
+    *,
+    buffer: Tensor | None = None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> MergedWeights:
     """Merge an adapter at one rank: `W + scale * B[:, :rank] @ A[:rank]` for every module it changes.
 
     Always from the pristine base, never by adding to and subtracting from one copy, so that no rounding is left behind;
     computed in fp32 and rounded once.
+
+    Args:
+        buffer: memory to write to if it has the size needed; fresh memory costs as much in page faults as the merge.
+        is_cancelled: asked before each module.
+
+    Raises:
+        MergeCancelled: `is_cancelled` said so.
     """
     merged: dict[str, Mapping[str, Tensor]] = {}
     replaced = replaced_parameters(adapter)
+    sites = {path: site_of(path) for path in sorted(adapter.modules)}
+    buffer = _fitting(buffer, sites)
+    places = _places(buffer, sites)
     for path in touched_modules(adapter):
+        if is_cancelled():
+            raise MergeCancelled
         site = site_of(path)
         own = dict(site.module.named_parameters(recurse=False))
         parameters = {name: value.to(own[name]) for name, value in replaced.get(path, {}).items()}
@@ -49,27 +83,66 @@ def merge(adapter: Adapter, choice: AdapterChoice, site_of: Callable[[str], Site
             a = factors.a[: choice.rank].to(site.weight.device, torch.float32)  # [rank, in]
             b = factors.b[:, : choice.rank].to(site.weight.device, torch.float32)  # [out, rank]
             base = parameters.get("weight", site.weight)
-            weight = torch.addmm(site.delta(base.float()), b, a, alpha=choice.scale)  # [out, in]
-            parameters["weight"] = site.delta(weight).to(site.weight.dtype).contiguous()
+            left, right = (b, a) if site.delta(b) is b else (a.T, b.T)
+            parameters["weight"] = _add_product(base, left, right, choice.scale, out=places[path])
         lora_bias = adapter.lora_bias.get(path)
         if lora_bias is not None:
             before = parameters.get("bias", own.get("bias"))
             added = lora_bias.to(site.weight)
             parameters["bias"] = added if before is None else before + added
         merged[path] = parameters
-    return MergedWeights(merged)
+    return MergedWeights(merged, buffer)
 
 
 def merged_nbytes(adapter: Adapter, site_of: Callable[[str], Site]) -> int:
     """Bytes that `merge` would hold, at most: every touched module's parameters."""
-    return sum(p.nbytes for path in touched_modules(adapter) for p in site_of(path).module.parameters(recurse=False))
+    sizes = (p.nbytes for path in touched_modules(adapter) for p in site_of(path).module.parameters(recurse=False))
+    return sum(map(_aligned, sizes))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _fitting(buffer: Tensor | None, sites: Mapping[str, Site]) -> Tensor:
+    """`buffer` if it has just the size of the sites' weights, else a new one."""
+    nbytes = sum(_aligned(site.weight.nbytes) for site in sites.values())
+    if buffer is not None and buffer.numel() == nbytes:
+        return buffer
+    device = next((site.weight.device for site in sites.values()), None)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _places(buffer: Tensor, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """For each site a part of the buffer, with the shape and dtype of its weight."""
+    places, start = {}, 0
+    for path, site in sites.items():
+        weight = site.weight
+        places[path] = buffer[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
+        start += _aligned(weight.nbytes)
+    return places
+
+
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> Tensor:
+    """`weight + scale * left @ right` in fp32, rounded to `out`; shapes [n, m], [n, rank], [rank, m]."""
+    rows = len(weight) if weight.is_cuda else max(1, _SLICE_BYTES // (weight.shape[1] * torch.float32.itemsize))
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        if weight.dtype is torch.float32:
+            torch.addmm(weight[part], left[part], right, alpha=scale, out=out[part])
+        else:
+            out[part] = torch.addmm(weight[part].float(), left[part], right, alpha=scale)
+    return out
 
 
 class MergedCache:
-    """Least recently used merged weights are dropped when `capacity_bytes` would be passed."""
+    """Least recently used merged weights are dropped before `capacity_bytes` would be passed, those being made included.
+
+    Only the engine's thread uses it, between steps: what a step runs with is never dropped under it.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
-        self._capacity = capacity_bytes
+        self._capacity_bytes = capacity_bytes
         self._entries: OrderedDict[AdapterChoice, MergedWeights] = OrderedDict()
         self._hits = self._misses = self._evictions = self._nbytes = 0
 
@@ -78,38 +151,38 @@ class MergedCache:
         """Counters since start."""
         return CacheStats(self._hits, self._misses, self._evictions, self._nbytes)
 
-    def __contains__(self, choice: AdapterChoice) -> bool:
-        return choice in self._entries
-
     def get(self, choice: AdapterChoice) -> MergedWeights | None:
-        """The merged weights if they are held; counts a hit or a miss."""
+        """The merged weights if they are held, which counts as a hit."""
         found = self._entries.get(choice)
-        if found is None:
-            self._misses += 1
-            return None
-        self._hits += 1
-        self._entries.move_to_end(choice)
+        if found is not None:
+            self._hits += 1
+            self._entries.move_to_end(choice)
         return found
 
-    def put(self, choice: AdapterChoice, weights: MergedWeights) -> None:
-        """Keep merged weights, dropping the least recently used; what is larger than the whole cache is not kept."""
-        self.discard(choice)
-        if weights.nbytes > self._capacity:
-            return
-        while self._nbytes + weights.nbytes > self._capacity:
-            _, dropped = self._entries.popitem(last=False)
-            self._nbytes -= dropped.nbytes
+    def make_room(self, nbytes: int) -> Tensor | None:
+        """Drop the least recently used until `nbytes` more fit, for a pair that was not held (a miss).
+
+        Returns:
+            The memory of one that was dropped, to write the new weights to; None if nothing was.
+        """
+        self._misses += 1
+        buffer = None
+        while self._entries and self._nbytes + nbytes > self._capacity_bytes:
+            buffer = self._drop(next(iter(self._entries))).buffer
             self._evictions += 1
+        return buffer
+
+    def put(self, choice: AdapterChoice, weights: MergedWeights) -> None:
+        """Keep merged weights for which room was made."""
         self._entries[choice] = weights
         self._nbytes += weights.nbytes
-
-    def discard(self, choice: AdapterChoice) -> None:
-        """Drop one entry, if held."""
-        dropped = self._entries.pop(choice, None)
-        if dropped is not None:
-            self._nbytes -= dropped.nbytes
 
     def forget(self, version: str) -> None:
         """Drop every rank of an adapter that was unloaded."""
         for choice in [choice for choice in self._entries if choice.version == version]:
-            self.discard(choice)
+            self._drop(choice)
+
+    def _drop(self, choice: AdapterChoice) -> MergedWeights:
+        dropped = self._entries.pop(choice)
+        self._nbytes -= dropped.nbytes
+        return dropped

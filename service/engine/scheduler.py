@@ -3,8 +3,10 @@
 from collections import deque
 from dataclasses import dataclass, field
 
-from service.core import AdapterChoice, GenerationRequest
+from service.core import AdapterChoice, GenerationRequest, PrefixStats
 from service.engine.blocks import BlockPool, OutOfBlocks
+from service.engine.fair_queue import FairQueue
+from service.engine.prefix_hash import PrefixHash
 
 
 @dataclass(eq=False)
@@ -15,6 +17,7 @@ class Sequence:
         tokens: the prompt and all that was generated.
         computed: how many of `tokens`, from the first, have their keys and values in the cache.
         blocks: the cache blocks held, in order of position.
+        digests: of the first full blocks of `tokens`, as far as they were needed; they stay right as tokens are added.
         preemptions: how often its cache was given up and computed again.
     """
 
@@ -22,6 +25,7 @@ class Sequence:
     tokens: list[int] = field(init=False)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
     preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -42,6 +46,11 @@ class Sequence:
         """The adapter and rank it runs with."""
         return self.request.adapter
 
+    @property
+    def version(self) -> str | None:
+        """The adapter it runs with, whatever the rank."""
+        return self.adapter.version if self.adapter is not None else None
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -61,6 +70,11 @@ class Chunk:
         """Whether its last token is the sequence's last, so that the next token is sampled from it."""
         return self.end == len(self.sequence.tokens)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one generated token, and no part of a prompt or of what is computed again."""
+        return self.length == 1 and self.start >= len(self.sequence.request.prompt_ids)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -75,24 +89,53 @@ class Batch:
 
 
 class Scheduler:
-    """Continuous batching: first come, first admitted; every running sequence advances in every step.
+    """Continuous batching: every running sequence advances in every step; waiting ones are admitted fairly.
 
-    Decode rows go first, then prefill chunks of running sequences, then waiting ones are admitted while the token budget,
-    the row limit and the cache allow. When a decode row finds no free block, the sequence admitted last gives up its
-    blocks and waits, at the head of the queue, to be computed again: it loses time, never tokens.
+    A step holds a row of every sequence that generates, then prompt tokens up to what is left of the budget. While others
+    generate, they wait for the step's prompt tokens, so those are bounded once more: by `prefill_chunk_tokens`, and one more
+    for each row that generates. A step's time grows with its rows from a fixed part on, so this bounds the time of a step
+    with prompt tokens to a multiple of one without, and yet lets many prompts enter a large batch.
 
-    Invariant: the oldest running sequence is never preempted for another, and `add` accepts only what fits the empty
-    cache, so it always advances and nothing starves.
+    Admission is by space for the whole prompt, so a prefill that has begun never stops for want of memory. Who is next is
+    decided across adapters by the prompt tokens that each was given (see `FairQueue`); nobody passes one for whom there is
+    no space yet. When a generating sequence finds no free block, the one admitted last gives up its blocks and waits, before
+    all others, to be computed again: it loses time, never tokens.
+
+    Invariant: running sequences, followed by those preempted, stand in order of first admission. So the first is never
+    preempted, and since `add` accepts only what fits the empty cache it always advances: nothing starves or turns in circles.
     """
 
-    def __init__(self, pool: BlockPool, *, max_running: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        prefill_chunk_tokens: int | None = None,
+        prefix_cache: bool = True,
+    ) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            pool: the blocks to give out.
+            max_running: sequences that hold blocks at one time.
+            max_batch_tokens: tokens of one step.
+            prefill_chunk_tokens: prompt tokens of a step that generates, and one more for each row that does; None: no
+                bound but `max_batch_tokens`.
+            prefix_cache: start where an earlier sequence of the same adapter and rank has computed the same first blocks.
+                Right for sliding windows as well, since the cache keeps every position and a window only hides some.
+        """
         if max_batch_tokens < max_running:
             raise ValueError(f"max_batch_tokens ({max_batch_tokens}) must be at least max_running ({max_running})")
         self._pool = pool
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
+        self._prefill_chunk_tokens = prefill_chunk_tokens or max_batch_tokens
+        self._prefix_hash = PrefixHash(pool.block_tokens) if prefix_cache else None
         self._running: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
+        self._preempted: deque[Sequence] = deque()
+        self._queue: FairQueue[Sequence] = FairQueue()
+        self._hits = self._misses = self._reused_tokens = 0
 
     @property
     def running(self) -> int:
@@ -102,74 +145,128 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Sequences in the queue."""
-        return len(self._waiting)
+        return len(self._preempted) + len(self._queue)
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """What prefix reuse did since start."""
+        return PrefixStats(self._hits, self._misses, self._pool.evictions, self._reused_tokens)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue."""
-        self._waiting.append(sequence)
+        """Put a sequence at the end of its adapter's queue."""
+        self._queue.add(sequence.version, sequence)
 
     def schedule(self) -> Batch | None:
         """Choose the next step's chunks and give them their blocks; None if there is nothing to do."""
-        chunks: list[Chunk] = []
-        budget = self._max_batch_tokens
-        for sequence in list(self._running):
-            if sequence.pending == 1 and sequence in self._running and self._reserve(sequence, sequence.computed + 1):
-                chunks.append(Chunk(sequence, sequence.computed, 1))
-                budget -= 1
+        chunks = self._decodes()
+        budget = self._max_batch_tokens - len(chunks)
+        if chunks:
+            budget = min(budget, self._prefill_chunk_tokens + len(chunks))
         for sequence in self._running:
             if sequence.pending > 1 and budget > 0:
-                length = min(sequence.pending, budget)
-                chunks.append(Chunk(sequence, sequence.computed, length))
-                budget -= length
-        while self._waiting and budget > 0 and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
-            try:
-                # The whole prompt's blocks at once: a prefill that has begun never has to stop for want of memory.
-                sequence.blocks = self._pool.allocate(self._pool.blocks_for(len(sequence.tokens)))
-            except OutOfBlocks:
-                break
-            self._running.append(self._waiting.popleft())
-            length = min(sequence.pending, budget)
-            chunks.append(Chunk(sequence, 0, length))
-            budget -= length
+                chunks.append(self._prefill(sequence, budget))
+                budget -= chunks[-1].length
+        while budget > 0 and (admitted := self._admit()) is not None:
+            chunks.append(self._prefill(admitted, budget))
+            budget -= chunks[-1].length
         return Batch(tuple(chunks)) if chunks else None
 
     def commit(self, batch: Batch) -> None:
         """Record that the batch's keys and values are in the cache. Call before appending the sampled tokens."""
         for chunk in batch.chunks:
             chunk.sequence.computed = chunk.end
+            if self._prefix_hash is not None:
+                self._name_blocks(chunk, self._prefix_hash)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence, wherever it stands, and take back its blocks."""
         if sequence in self._running:
             self._running.remove(sequence)
+        elif sequence in self._preempted:
+            self._preempted.remove(sequence)
         else:
-            self._waiting.remove(sequence)
+            self._queue.remove(sequence.version, sequence)
         self._release(sequence)
 
     def sequences(self) -> list[Sequence]:
-        """All sequences, running first."""
-        return [*self._running, *self._waiting]
+        """All sequences: running, preempted, waiting."""
+        return [*self._running, *self._preempted, *self._queue.items()]
 
     def check_integrity(self) -> None:
-        """Assert that no block is lost or shared, and that each running sequence holds what its tokens need."""
+        """Assert that every block is accounted for, and that each running sequence holds what its tokens need."""
         self._pool.check_integrity([sequence.blocks for sequence in self._running])
         for sequence in self._running:
             if len(sequence.blocks) * self._pool.block_tokens < sequence.computed:
                 raise AssertionError("a running sequence holds fewer blocks than its tokens need")
-        if any(sequence.blocks or sequence.computed for sequence in self._waiting):
+        if any(sequence.blocks or sequence.computed for sequence in [*self._preempted, *self._queue.items()]):
             raise AssertionError("a waiting sequence holds blocks")
 
-    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Give `sequence` the blocks for its first `tokens` tokens; False if it had to be preempted itself."""
-        while (missing := self._pool.blocks_for(tokens) - len(sequence.blocks)) > 0:
+    def _decodes(self) -> list[Chunk]:
+        """A row of every sequence whose last token alone is to be computed."""
+        chunks = []
+        for sequence in list(self._running):
+            if sequence.pending == 1 and sequence in self._running and self._reserve(sequence):
+                chunks.append(Chunk(sequence, sequence.computed, 1))
+        return chunks
+
+    def _prefill(self, sequence: Sequence, budget: int) -> Chunk:
+        return Chunk(sequence, sequence.computed, min(sequence.pending, budget))
+
+    def _admit(self) -> Sequence | None:
+        """Move the sequence that is next from the queue to the running ones; None if there is none, or no space for it."""
+        if len(self._running) >= self._max_running or not self.waiting:
+            return None
+        sequence = self._preempted[0] if self._preempted else self._queue.head()
+        if not self._place(sequence):
+            return None
+        if self._preempted:
+            self._preempted.popleft()  # its adapter was charged when it was first admitted
+        else:
+            self._queue.take(cost=sequence.pending)
+        self._running.append(sequence)
+        return sequence
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give a sequence the blocks for all its tokens, those of a known prefix first; False if there is no space."""
+        shared = self._share_prefix(sequence)
+        missing = self._pool.blocks_for(len(sequence.tokens)) - len(shared)
+        # A block for each of the others: who is admitted only to be preempted by their next tokens was computed in vain.
+        if missing + len(self._running) > self._pool.available:
+            self._pool.release(shared)
+            return False
+        sequence.blocks = shared + self._pool.allocate(missing)
+        sequence.computed = len(shared) * self._pool.block_tokens
+        if self._prefix_hash is not None:
+            self._hits += bool(shared)
+            self._misses += not shared
+            self._reused_tokens += sequence.computed
+        return True
+
+    def _share_prefix(self, sequence: Sequence) -> list[int]:
+        if self._prefix_hash is None:
+            return []
+        most = (len(sequence.tokens) - 1) // self._pool.block_tokens  # the last token must run: its logits are needed
+        self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.adapter, blocks=most)
+        return self._pool.share(sequence.digests[:most])
+
+    def _name_blocks(self, chunk: Chunk, prefix_hash: PrefixHash) -> None:
+        """Let others find the blocks that a chunk has filled."""
+        sequence, size = chunk.sequence, self._pool.block_tokens
+        filled = range(chunk.start // size, chunk.end // size)
+        prefix_hash.extend(sequence.digests, sequence.tokens, sequence.adapter, blocks=filled.stop)
+        for number in filled:
+            self._pool.name(sequence.blocks[number], sequence.digests[number], sequence.version)
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Give `sequence` the block for its next token; False if it had to be preempted itself."""
+        while len(sequence.blocks) < self._pool.blocks_for(sequence.computed + 1):
             try:
-                sequence.blocks += self._pool.allocate(missing)
+                sequence.blocks += self._pool.allocate(1)
             except OutOfBlocks:
                 victim = self._running.pop()
                 self._release(victim)
                 victim.preemptions += 1
-                self._waiting.appendleft(victim)
+                self._preempted.appendleft(victim)
                 if victim is sequence:
                     return False
         return True

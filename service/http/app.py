@@ -15,26 +15,36 @@ from adapters.store.store import AdapterStore
 from service.core import EngineProtocol
 from service.errors import ServiceError
 from service.http import routes_adapters, routes_generate, routes_ops
-from service.http.error_table import error_body, kind_of
+from service.http.auth import Authentication
+from service.http.error_table import ErrorKind
 from service.http.metrics import Metrics
 from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
+from service.http.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
 from service.http.registry import AdapterRegistry, ServedAdapter
 from service.http.services import Services
+from service.http.tenants import Tenants
 from service.http.validation_text import describe
 from service.log import logger, pairs
 from service.settings import Settings
 from service.version import VERSION
 
 
-def create_app(settings: Settings, engine: EngineProtocol, store: AdapterStore, metrics: Metrics) -> FastAPI:
+def create_app(
+    settings: Settings, engine: EngineProtocol, store: AdapterStore, metrics: Metrics, tenants: Tenants | None = None
+) -> FastAPI:
     """Make the application. Its lifespan starts and stops the engine; who opened the store closes it.
 
     Args:
         engine: made, not started, with `metrics` as its observer.
         store: open, of this process alone.
+        tenants: those of the settings, unless given.
+
+    Raises:
+        SettingsError: the API keys can't be read.
     """
+    tenants = tenants or Tenants.of(settings)
     registry = AdapterRegistry(store, engine, metrics)
-    services = Services(settings, engine, registry, metrics, settings.policy_book())
+    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants)
     metrics.watch(engine.stats, registry.counts)
     app = FastAPI(
         title="dylora-serve",
@@ -52,7 +62,9 @@ def create_app(settings: Settings, engine: EngineProtocol, store: AdapterStore, 
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_adapter_bytes)
+    # The last one added is the outermost: whoever has no key is told so before a byte of the body is read.
+    app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(Authentication, tenants=tenants)
     app.add_middleware(RequestIds)
     return app
 
@@ -85,41 +97,31 @@ def _log_loaded(served: ServedAdapter, done: int, of: int) -> None:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    kind = kind_of(error)
-    headers = {} if kind.retry_after_s is None else {"Retry-After": str(kind.retry_after_s)}
-    return _answer(request, kind.status, error_body(error), headers)
+    return refuse_error(request.scope, error)
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _answer(request, 422, {"error": describe(error.errors()), "error_type": "validation"})
+    return refuse(request.scope, ErrorKind(422, "validation"), describe(error.errors()))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:
         # FastAPI's word for a body that Python's JSON reader gives up on: not UTF-8, or nested too deep.
-        body = {"error": "body: not JSON: not UTF-8, or nested too deep", "error_type": "validation"}
-        return _answer(request, 422, body)
-    kinds = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-    body = {"error": str(error.detail), "error_type": kinds.get(error.status_code, "validation")}
-    return _answer(request, error.status_code, body, dict(error.headers or {}))
+        return refuse(request.scope, ErrorKind(422, "validation"), "body: not JSON: not UTF-8, or nested too deep")
+    types = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
+    kind = ErrorKind(error.status_code, types.get(error.status_code, "validation"))
+    return refuse(request.scope, kind, str(error.detail), error.headers)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
-    return _answer(request, routes_generate.NOBODY_TO_ANSWER, {"error": "client disconnected", "error_type": "client"})
+    return refuse(request.scope, ErrorKind(NOBODY_TO_ANSWER, "client"), "client disconnected")
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     request_id = request.state.request_id
-    body = {"error": f"internal error; the server's log has it under {request_id}", "error_type": "internal"}
     logger.error("%s", "bug " + pairs(request_id=request_id, path=request.url.path, error=type(error).__name__))
+    message = f"internal error; the server's log has it under {request_id}"
     # Outside the middleware that adds the id to every other answer.
-    return _answer(request, 500, body, {REQUEST_ID_HEADER: request_id})
-
-
-def _answer(request: Request, status: int, body: dict[str, str], headers: dict[str, str] | None = None) -> JSONResponse:
-    is_generating = request.method == "POST" and request.url.path in routes_generate.GENERATING_PATHS
-    if is_generating and not routes_generate.is_submitted(request):  # else its terminal event is counted
-        request.app.state.services.metrics.refused()
-    return JSONResponse(body, status, headers)
+    return refuse(request.scope, ErrorKind(500, "internal"), message, {REQUEST_ID_HEADER: request_id})

@@ -16,7 +16,7 @@ class ErrorKind:
     Attributes:
         status: the HTTP status.
         type: `error_type` of the body; clients of TGI and LoRAX pick their exception class by it.
-        retry_after_s: seconds for the Retry-After header, where trying again makes sense.
+        retry_after_s: seconds for the Retry-After header, where trying again makes sense and nothing better is known.
     """
 
     status: int
@@ -30,9 +30,15 @@ ERROR_TABLE: dict[type[Exception], ErrorKind] = {
     service_errors.UnsupportedUpload: ErrorKind(415, "unsupported_media_type"),
     service_errors.UnknownAdapter: ErrorKind(404, "adapter_not_found"),
     service_errors.AdapterUnfit: ErrorKind(422, "adapter_unfit"),
+    service_errors.NameTaken: ErrorKind(409, "name_taken"),
+    service_errors.NoKey: ErrorKind(401, "unauthorized"),
+    service_errors.WrongScope: ErrorKind(403, "forbidden"),
+    service_errors.KeyOverLimit: ErrorKind(429, "rate_limited", retry_after_s=1),
     service_errors.NotReady: ErrorKind(503, "unavailable", retry_after_s=1),
     service_errors.QueueFull: ErrorKind(503, "overloaded", retry_after_s=1),
     service_errors.Draining: ErrorKind(503, "unavailable", retry_after_s=5),
+    service_errors.DeadlinePassed: ErrorKind(504, "timeout"),
+    service_errors.SlowReader: ErrorKind(408, "slow_reader"),
     service_errors.EngineFailed: ErrorKind(500, "generation"),
     service_errors.ModelRefused: ErrorKind(500, "model_refused"),
     adapter_errors.AdapterError: ErrorKind(500, "adapter"),
@@ -44,6 +50,7 @@ ERROR_TABLE: dict[type[Exception], ErrorKind] = {
     adapter_errors.StoreFull: ErrorKind(507, "store_full"),
     adapter_errors.IllegalRank: ErrorKind(422, "validation"),
     adapter_errors.DataError: ErrorKind(422, "invalid_data"),
+    adapter_errors.TrainingError: ErrorKind(500, "training"),
 }
 
 
@@ -53,6 +60,22 @@ def kind_of(error: Exception) -> ErrorKind:
         if issubclass(cls, Exception) and cls in ERROR_TABLE:
             return ERROR_TABLE[cls]
     return ErrorKind(500, "internal")
+
+
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_OPENAI_CODES = {
+    "unauthorized": "invalid_api_key",
+    "forbidden": "insufficient_scope",
+    "rate_limited": "rate_limit_exceeded",
+    "adapter_not_found": "model_not_found",
+}
+
+
+def openai_body(message: str, kind: ErrorKind, param: str | None = None) -> dict[str, dict[str, str | None]]:
+    """OpenAI's error body, for every route under /v1. Its clients pick their exception class by the status alone."""
+    by_status = "server_error" if kind.status >= 500 else "invalid_request_error"
+    type_ = _OPENAI_TYPES.get(kind.status, by_status)
+    return {"error": {"message": message, "type": type_, "param": param, "code": _OPENAI_CODES.get(kind.type, kind.type)}}
 
 
 def error_body(error: Exception) -> dict[str, str]:

@@ -1,19 +1,20 @@
 """From a checked body to a request that the engine has taken. Knows no HTTP; every generating route comes here."""
 
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from anyio import CapacityLimiter, to_thread
 
 from service.core import GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
+from service.http.arrival import Arrival
 from service.http.registry import ServedAdapter
 from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
 from service.http.selection import Selection, select
 from service.http.services import Services
 from service.http.stream import EventStream
 from service.http.tracking import RequestTracker, TrackedRequest
+from service.keys import ApiKey
 from service.rank_policy import RankDecision, decide
 
 _SUBMIT_TRIES = 3
@@ -39,26 +40,27 @@ class Submitted:
     decision: RankDecision | None
 
 
-async def submit(services: Services, body: GenerateRequest, headers: Mapping[str, str], request_id: str) -> Submitted:
+async def submit(services: Services, body: GenerateRequest, arrival: Arrival) -> Submitted:
     """Check, tokenise, choose the rank and hand over. Whoever gets the result must close its events.
 
-    Args:
-        headers: of the HTTP request, names in lower case.
-        request_id: as the client sees it; the engine gets an id of our own, which no client can repeat.
+    The engine gets a request id of our own, which no client can repeat.
 
     Raises:
         InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
         NotReady, QueueFull, Draining: not now.
+        DeadlinePassed: too late already.
     """
     services.check_accepting()
-    parameters = body.parameters
-    selection = select(parameters.adapter_id, parameters.rank, parameters.rank_policy, headers)
-    _choose(services, selection)  # a wrong name or rank is told before a long prompt is tokenised
+    parameters, caller, settings = body.parameters, arrival.caller, services.settings
+    deadline = arrival.deadline(settings.request_timeout_s)
+    selection = select(parameters.adapter_id, parameters.rank, parameters.rank_policy, arrival.headers, caller.default_adapter)
+    _choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
     prompt_ids = await to_thread.run_sync(services.engine.encode, body.inputs, limiter=_tokenizer_thread)
     prompt_ids = prompt_ids[-parameters.truncate :] if parameters.truncate else prompt_ids
     sampling = _sampling(services, parameters, len(prompt_ids))
+    deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):
-        adapter, decision = _choose(services, selection)
+        adapter, decision = _choose(services, selection, caller)
         request = GenerationRequest(
             request_id=secrets.token_hex(8),
             prompt_ids=prompt_ids,
@@ -66,8 +68,11 @@ async def submit(services: Services, body: GenerateRequest, headers: Mapping[str
             adapter=adapter.choice(decision.rank) if adapter and decision else None,
         )
         rank = decision.rank if decision else 0
-        tracked = TrackedRequest(request_id, adapter.name if adapter else None, rank, len(prompt_ids))
-        events = EventStream(services.engine, request, RequestTracker(services.metrics, tracked).on_event)
+        name = adapter.name if adapter else None
+        tracked = TrackedRequest(arrival.request_id, name, rank, len(prompt_ids), caller.name)
+        tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
+        max_unread = settings.max_unread_tokens if arrival.is_streamed else None
+        events = EventStream(services.engine, request, tracker.on_event, max_unread)
         try:
             events.submit()
         except UnknownAdapter:
@@ -75,21 +80,26 @@ async def submit(services: Services, body: GenerateRequest, headers: Mapping[str
                 raise UnknownAdapter(selection.adapter or "") from None
             continue
         break
+    events.cut_at(deadline.at, deadline.error())
     if decision is not None:
         services.metrics.decided(decision)
     return Submitted(events, sampling, adapter, decision)
 
 
-def _choose(services: Services, selection: Selection) -> tuple[ServedAdapter | None, RankDecision | None]:
+def _choose(services: Services, selection: Selection, caller: ApiKey) -> tuple[ServedAdapter | None, RankDecision | None]:
     if selection.adapter is None:
         return None, None
-    adapter = services.registry.resolve(selection.adapter)
-    return adapter, decide(selection.rank, selection.policy, adapter.facts, services.policies)
+    adapter = services.registry.resolve(selection.adapter, caller.name)
+    policies = services.policies.with_default(caller.rank_policy)
+    return adapter, decide(selection.rank, selection.policy, adapter.facts, policies, caller.bounds)
 
 
 def _sampling(services: Services, parameters: GenerateParameters, prompt_tokens: int) -> SamplingParams:
     if not prompt_tokens:
         raise InvalidRequest("inputs", "holds no token for this model; give some text")
+    longest = services.settings.max_prompt_tokens
+    if longest is not None and prompt_tokens > longest:
+        raise InvalidRequest("inputs", f"{prompt_tokens} prompt tokens are above this server's limit; legal: 1 to {longest}")
     new_tokens = parameters.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     limit = services.settings.max_new_tokens_limit
     if limit is not None and new_tokens > limit:

@@ -44,6 +44,7 @@ class Metrics:
         self._gap_s = self._histogram("inter_token_seconds", "Between tokens of a request.", by_rank, _FAST_SECONDS)
         self._queue_s = self._histogram("queue_seconds", "From arrival to the running batch.", (), _SECONDS)
         self._tokens = self._counter("tokens", "Tokens read (prompt) and made (generated).", ("kind",))
+        self._errors = self._counter("refused", "Requests answered with an error, by its type.", ("reason",))
         self._decisions = self._counter("rank_decisions", "Ranks chosen.", ("policy", "reason", "rank"))
         self._quality = Gauge("dylora_adapter_quality", "Measured quality.", (*by_rank, "metric"), registry=self.registry)
         self._merge_s = self._histogram("merge_seconds", "Computing merged weights.", (), _FAST_SECONDS)
@@ -81,6 +82,10 @@ class Metrics:
         """A request was answered with an error before the engine took it. Its names may be made up: no label."""
         self._requests.labels("", "", NO_MODE, "refused").inc()
 
+    def error_answered(self, reason: str) -> None:
+        """A request of any route was answered with an error; `reason` is one of the error types, which are few."""
+        self._errors.labels(reason).inc()
+
     def token_gap(self, adapter: str | None, rank: int, seconds: float) -> None:
         """Time between two tokens of one request."""
         self._gap_s.labels(*self._labels.pair(adapter, rank)).observe(seconds)
@@ -90,7 +95,7 @@ class Metrics:
         self._first_s.labels(*self._labels.pair(adapter, rank)).observe(seconds)
 
     def ended(self, adapter: str | None, rank: int, mode: str | None, outcome: str) -> None:
-        """A request reached its terminal event; `outcome` is ok, aborted or failed."""
+        """A request reached its terminal event; `outcome` is ok, aborted, timeout or failed."""
         self._requests.labels(*self._labels.pair(adapter, rank), mode or NO_MODE, outcome).inc()
 
     def completed(self, adapter: str | None, rank: int, *, total_s: float, queue_s: float) -> None:
@@ -201,8 +206,14 @@ class _AtScrape(Collector):
         yield CounterMetricFamily("dylora_merged_cache_misses", "Lookups that found nothing.", value=merged.misses)
         yield CounterMetricFamily("dylora_merged_cache_evictions", "Entries pushed out.", value=merged.evictions)
         yield GaugeMetricFamily("dylora_merged_cache_bytes", "Bytes of merged weights held.", value=merged.nbytes)
-        free = stats.kv_blocks_total - stats.kv_blocks_used
-        yield _by_state("dylora_kv_blocks", "Key/value blocks.", {"used": stats.kv_blocks_used, "free": free})
+        prefix = stats.prefix
+        yield CounterMetricFamily("dylora_prefix_cache_hits", "Admissions with a known prefix.", value=prefix.hits)
+        yield CounterMetricFamily("dylora_prefix_cache_misses", "Admissions without one.", value=prefix.misses)
+        yield CounterMetricFamily("dylora_prefix_cache_evictions", "Blocks pushed out.", value=prefix.evictions)
+        yield CounterMetricFamily("dylora_prefix_reused_tokens", "Tokens found, not computed.", value=prefix.reused_tokens)
+        used, cached = stats.kv_blocks_used, stats.kv_blocks_cached
+        blocks = {"used": used, "cached": cached, "free": stats.kv_blocks_total - used - cached}
+        yield _by_state("dylora_kv_blocks", "Key/value blocks.", blocks)
         requests = {"running": stats.running, "waiting": stats.waiting}
         yield _by_state("dylora_requests_in_flight", "Requests in the engine.", requests)
         yield _by_state("dylora_adapters", "Adapters in the store.", self._adapters())

@@ -19,7 +19,7 @@ from adapters.store.archive import pack_zip
 from adapters.store.store import AdapterStore
 from adapters.store.stored import StoredAdapter, check_name
 from service.core import AdapterChoice, EngineProtocol
-from service.errors import AdapterUnfit, NotReady, UnknownAdapter
+from service.errors import AdapterUnfit, NameTaken, NotReady, UnknownAdapter
 from service.rank_policy import RankFacts
 
 RESERVED_NAMES = ("other",)
@@ -42,6 +42,7 @@ class ServedAdapter:
         stored: None where its files could not even be described.
         facts: what rank policies need of it.
         problem: why it is unfit, None when it is ready.
+        owner: name of the API key that alone may see it; None for a shared adapter.
     """
 
     name: str
@@ -49,6 +50,11 @@ class ServedAdapter:
     state: AdapterState
     facts: RankFacts
     problem: str | None = None
+    owner: str | None = None
+
+    def is_visible_to(self, viewer: str) -> bool:
+        """Whether a caller, by the name of its key, may know of it."""
+        return self.owner is None or self.owner == viewer
 
     @property
     def version(self) -> str:
@@ -80,6 +86,8 @@ class RegistryObserver(Protocol):
 class AdapterRegistry:
     """The adapters that requests can name. Reads never wait; writes are made one after another.
 
+    `viewer` is the name of the caller's API key, "" without. To everyone but its owner a private adapter does not exist.
+
     Two names may hold the same content: the engine keeps a version as long as any name has it. A request in flight
     keeps the version it was submitted with, whatever happens to its name.
     """
@@ -96,7 +104,7 @@ class AdapterRegistry:
 
     # Reads
 
-    def resolve(self, name: str) -> ServedAdapter:
+    def resolve(self, name: str, viewer: str = "") -> ServedAdapter:
         """The adapter that serves a name now.
 
         Raises:
@@ -104,23 +112,22 @@ class AdapterRegistry:
             AdapterUnfit: it does not fit the base model.
             NotReady: not found, but the store is still being loaded.
         """
-        served = self._served.get(name)
-        if served is None:
-            raise UnknownAdapter(name) if self.is_loaded else NotReady()
+        served = self.get(name, viewer)
         if served.problem is not None:
             raise AdapterUnfit(name, served.problem)
         return served
 
-    def get(self, name: str) -> ServedAdapter:
-        """The entry of a name, fit or not. Raises UnknownAdapter."""
-        if name not in self._served:
+    def get(self, name: str, viewer: str = "") -> ServedAdapter:
+        """The entry of a name, fit or not. Raises UnknownAdapter, or NotReady as `resolve` does."""
+        served = self._served.get(name)
+        if served is None or not served.is_visible_to(viewer):
             raise UnknownAdapter(name) if self.is_loaded else NotReady()
-        return self._served[name]
+        return served
 
-    def list(self) -> tuple[ServedAdapter, ...]:
-        """All entries by name."""
+    def list(self, viewer: str = "") -> tuple[ServedAdapter, ...]:
+        """All entries that the caller may know of, by name."""
         served = self._served
-        return tuple(served[name] for name in sorted(served))
+        return tuple(served[name] for name in sorted(served) if served[name].is_visible_to(viewer))
 
     def counts(self) -> dict[str, int]:
         """Number of adapters by state."""
@@ -151,7 +158,8 @@ class AdapterRegistry:
         """
         with self._change:
             for name, error in self._store.broken.items():
-                self._serve(ServedAdapter(name, None, AdapterState.UNFIT, RankFacts(()), str(error)))
+                owner = self._store.broken_owner(name)
+                self._serve(ServedAdapter(name, None, AdapterState.UNFIT, RankFacts(()), str(error), owner))
         stored = self._store.list()
         for done, each in enumerate(stored, start=1):
             if should_stop():
@@ -164,11 +172,12 @@ class AdapterRegistry:
         self._is_loaded.set()
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[None]:
+    def writing(self, name: str, viewer: str = "") -> Iterator[None]:
         """Claim a name for one upload or deletion, from its first byte on.
 
         Raises:
             InvalidName: not a legal name.
+            UnknownAdapter: the name is another's.
             AdapterBusy: another one is under way.
             NotReady: the store is still being loaded.
         """
@@ -176,6 +185,7 @@ class AdapterRegistry:
         if not self.is_loaded:
             raise NotReady
         with self._names_lock:
+            self._check_not_anothers(name, viewer)
             if name in self._writing:
                 raise AdapterBusy(name)
             self._writing.add(name)
@@ -185,10 +195,19 @@ class AdapterRegistry:
             with self._names_lock:
                 self._writing.discard(name)
 
-    def put(self, name: str, folder: Path, *, renest: bool = True) -> tuple[ServedAdapter, bool]:
+    def check_may_own(self, name: str) -> None:
+        """Raise NameTaken if a private upload of this name would be seen by all, because the name is a shared adapter's."""
+        served = self._served.get(name)
+        if served is not None and served.owner is None:
+            raise NameTaken(name)
+
+    def put(self, name: str, folder: Path, *, renest: bool = True, owner: str | None = None) -> tuple[ServedAdapter, bool]:
         """Store and serve what lies in a folder; True beside it if the name is new. Call inside `writing`.
 
         The engine takes the adapter before the store commits: if either refuses, the old version stays in both.
+
+        Args:
+            owner: whose it shall be where the name is new; a name that is there stays whose it is.
 
         Raises:
             InvalidAdapter: it can't be read, or does not fit the base model.
@@ -202,12 +221,13 @@ class AdapterRegistry:
             started_at = time.perf_counter()
             self._engine.load(stored.version, adapter)
             seconds = time.perf_counter() - started_at
-            taken.append(ServedAdapter(name, stored, AdapterState.READY, self._facts(stored, adapter)))
+            taken.append(_ready(stored, self._facts(stored, adapter)))
 
         with self._change:
             is_new = name not in self._served
+            owner = owner if is_new else self._served[name].owner
             try:
-                stored = self._store.put(name, folder, renest=renest, check=take)
+                stored = self._store.put(name, folder, renest=renest, owner=owner, check=take)
             except BaseException:
                 for each in taken:
                     self._unload_unless_named(each.version)
@@ -217,14 +237,14 @@ class AdapterRegistry:
             self._observer.adapter_loaded(name, stored.quality, seconds)
         return served, is_new
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, viewer: str = "") -> None:
         """Forget an adapter; requests in flight keep it until they end. Call inside `writing`.
 
         Raises:
             UnknownAdapter: there is none of that name.
         """
         with self._change:
-            gone = self.get(name)
+            gone = self.get(name, viewer)
             self._store.delete(name)
             self._served = MappingProxyType({n: s for n, s in self._served.items() if n != name})
             self._unload_unless_named(gone.version)
@@ -234,7 +254,7 @@ class AdapterRegistry:
         """An empty folder for an upload or an export, removed at the end of the block."""
         return self._store.new_upload()
 
-    def export(self, name: str, rank: int | None, scratch: Path) -> tuple[Path, int]:
+    def export(self, name: str, rank: int | None, scratch: Path, viewer: str = "") -> tuple[Path, int]:
         """Write a zip with a PEFT checkpoint of one rank, the largest if None; its path and rank.
 
         Args:
@@ -244,7 +264,7 @@ class AdapterRegistry:
             UnknownAdapter, AdapterUnfit: nothing to export.
             IllegalRank: the adapter does not have this rank.
         """
-        served = self.get(name)
+        served = self.get(name, viewer)
         if served.stored is None:
             raise AdapterUnfit(name, served.problem or "its files can't be read")
         rank = served.stored.config.r_max if rank is None else rank
@@ -262,9 +282,15 @@ class AdapterRegistry:
             adapter = self._store.load(stored)
             self._engine.load(stored.version, adapter)
         except AdapterError as error:
-            return ServedAdapter(stored.name, stored, AdapterState.UNFIT, RankFacts(stored.config.ranks), str(error))
+            facts = RankFacts(stored.config.ranks)
+            return ServedAdapter(stored.name, stored, AdapterState.UNFIT, facts, str(error), stored.owner)
         self._observer.adapter_loaded(stored.name, stored.quality, time.perf_counter() - started_at)
-        return ServedAdapter(stored.name, stored, AdapterState.READY, self._facts(stored, adapter))
+        return _ready(stored, self._facts(stored, adapter))
+
+    def _check_not_anothers(self, name: str, viewer: str) -> None:
+        served = self._served.get(name)
+        if served is not None and not served.is_visible_to(viewer):
+            raise UnknownAdapter(name)
 
     def _serve(self, served: ServedAdapter) -> None:
         old = self._served.get(served.name)
@@ -281,6 +307,10 @@ class AdapterRegistry:
         config = stored.config
         parameters = {rank: parameters_at(adapter, rank) for rank in config.ranks}
         return RankFacts(config.ranks, stored.quality, parameters, self._engine.model.parameters)
+
+
+def _ready(stored: StoredAdapter, facts: RankFacts) -> ServedAdapter:
+    return ServedAdapter(stored.name, stored, AdapterState.READY, facts, owner=stored.owner)
 
 
 def _check_name(name: str) -> None:

@@ -8,15 +8,18 @@ from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
-from starlette.types import Receive, Scope, Send
+from starlette import types
 
 from adapters.config import AdapterKind
 from service.errors import InvalidRequest
 from service.http.registry import AdapterState, ServedAdapter
-from service.http.routes_common import TheServices, errors
+from service.http.routes_common import TheCaller, TheServices, errors, needs
 from service.http.uploads import receive_upload
+from service.keys import Scope
 
-router = APIRouter(prefix="/adapters", tags=["adapters"])
+router = APIRouter(prefix="/adapters", tags=["adapters"], responses=errors(401, 403, 429))
+_READ = [needs(Scope.ADAPTERS_READ)]
+_WRITE = [needs(Scope.ADAPTERS_WRITE)]
 
 Name = Annotated[str, Path(description="The adapter's name: letters, digits, '.', '_', '-'.", max_length=256)]
 
@@ -60,27 +63,29 @@ class AdapterOut(BaseModel):
     alpha: float | None
     targets: list[str] = Field(description="Last part of the adapted modules' names.")
     bytes: int | None
+    private: bool = Field(description="Whether only the API key that uploaded it sees it.")
     state: AdapterState
     problem: str | None = Field(description="Why it is unfit.")
     quality: QualityOut | None
 
 
-@router.get("", response_model=list[AdapterOut])
-async def list_adapters(services: TheServices) -> list[AdapterOut]:
-    """All adapters by name."""
-    return [_entry(served) for served in services.registry.list()]
+@router.get("", response_model=list[AdapterOut], dependencies=_READ)
+async def list_adapters(services: TheServices, caller: TheCaller) -> list[AdapterOut]:
+    """All adapters by name: the shared ones, and those of the API key."""
+    return [_entry(served) for served in services.registry.list(caller.name)]
 
 
-@router.get("/{name}", response_model=AdapterOut, responses=errors(404, 422, 503))
-async def get_adapter(name: Name, services: TheServices) -> AdapterOut:
+@router.get("/{name}", response_model=AdapterOut, dependencies=_READ, responses=errors(404, 422, 503))
+async def get_adapter(name: Name, services: TheServices, caller: TheCaller) -> AdapterOut:
     """One adapter."""
-    return _entry(services.registry.get(name))
+    return _entry(services.registry.get(name, caller.name))
 
 
 @router.put(
     "/{name}",
     response_model=AdapterOut,
-    responses={201: {"model": AdapterOut, "description": "Created."}, **errors(409, 413, 415, 422, 503, 507)},
+    dependencies=_WRITE,
+    responses={201: {"model": AdapterOut, "description": "Created."}, **errors(404, 408, 409, 413, 415, 422, 503, 507)},
     openapi_extra={"requestBody": _UPLOAD_BODY},
 )
 async def put_adapter(
@@ -88,6 +93,7 @@ async def put_adapter(
     request: Request,
     response: Response,
     services: TheServices,
+    caller: TheCaller,
     renest: Annotated[
         bool | None, Query(description="Rotate a plain LoRA so that it can be served at every rank (default true).")
     ] = None,
@@ -95,8 +101,11 @@ async def put_adapter(
     """Create or replace an adapter. Requests in flight keep the version they started with."""
     services.check_accepting()
     registry = services.registry
+    owner = caller.name if caller.private_uploads else None
     # The name is claimed before the first byte is read: the second of two uploads learns it at once.
-    with registry.writing(name), registry.new_upload() as folder:
+    with registry.writing(name, caller.name), registry.new_upload() as folder:
+        if owner is not None:
+            registry.check_may_own(name)
         files, in_form = await receive_upload(
             request.headers.get("content-type", ""),
             request.stream(),
@@ -106,29 +115,30 @@ async def put_adapter(
         if None not in (renest, in_form) and renest != in_form:
             raise InvalidRequest("renest", f"{renest} in the query contradicts {in_form} in the form; give one")
         wants_renest = next((each for each in (renest, in_form) if each is not None), True)
-        served, is_new = await to_thread.run_sync(partial(registry.put, name, files, renest=wants_renest))
+        served, is_new = await to_thread.run_sync(partial(registry.put, name, files, renest=wants_renest, owner=owner))
     response.status_code = 201 if is_new else 200
     return _entry(served)
 
 
-@router.delete("/{name}", status_code=204, responses=errors(404, 409, 422, 503))
-async def delete_adapter(name: Name, services: TheServices) -> None:
+@router.delete("/{name}", status_code=204, dependencies=_WRITE, responses=errors(404, 409, 422, 503))
+async def delete_adapter(name: Name, services: TheServices, caller: TheCaller) -> None:
     """Delete an adapter. Requests in flight keep it until they end."""
     services.check_accepting()
-    with services.registry.writing(name):
-        await to_thread.run_sync(services.registry.delete, name)
+    with services.registry.writing(name, caller.name):
+        await to_thread.run_sync(services.registry.delete, name, caller.name)
 
 
-@router.get("/{name}/export", response_class=FileResponse, responses=errors(404, 422, 503))
+@router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 422, 503))
 async def export_adapter(
     name: Name,
     services: TheServices,
+    caller: TheCaller,
     rank: Annotated[int | None, Query(ge=1, description="Rank to export; the largest unless given.")] = None,
 ) -> Response:
     """A PEFT checkpoint of one rank, as a zip: the same function in any reader of PEFT files."""
     with ExitStack() as stack:
         scratch = stack.enter_context(services.registry.new_upload())
-        path, rank = await to_thread.run_sync(services.registry.export, name, rank, scratch)
+        path, rank = await to_thread.run_sync(services.registry.export, name, rank, scratch, caller.name)
         return _ScratchFile(str(path), f"{name}-rank{rank}.zip", stack.pop_all())
 
 
@@ -139,7 +149,7 @@ class _ScratchFile(FileResponse):
         super().__init__(path, media_type="application/zip", filename=filename)
         self._cleanup = cleanup
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -158,6 +168,7 @@ def _entry(served: ServedAdapter) -> AdapterOut:
         alpha=stored.config.alpha if stored else None,
         targets=list(stored.targets) if stored else [],
         bytes=stored.nbytes if stored else None,
+        private=served.owner is not None,
         state=served.state,
         problem=served.problem,
         quality=QualityOut(

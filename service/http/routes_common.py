@@ -2,10 +2,14 @@
 
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security, params
+from fastapi.security import HTTPBearer
 
+from service.http.arrival import Arrival
 from service.http.schemas import ErrorResponse
 from service.http.services import Services
+from service.http.tenants import check_scope
+from service.keys import ApiKey, Scope
 
 
 def _services(request: Request) -> Services:
@@ -17,14 +21,49 @@ def _services(request: Request) -> Services:
 TheServices = Annotated[Services, Depends(_services)]
 """A route's access to the server's parts."""
 
+_bearer = HTTPBearer(auto_error=False, description="An API key, where the server has keys.")
+"""For the OpenAPI document only: the middleware has looked at the key by then."""
+
+
+def _caller(request: Request) -> ApiKey:
+    caller = request.state.caller
+    assert isinstance(caller, ApiKey)  # set by the middleware
+    return caller
+
+
+TheCaller = Annotated[ApiKey, Depends(_caller)]
+"""Whose key the request came with."""
+
+
+def needs(scope: Scope) -> params.Depends:
+    """What a route or router declares: only keys with this scope may use it; others are answered with 403."""
+
+    def check(caller: TheCaller, _: Annotated[object, Security(_bearer)]) -> None:
+        check_scope(caller, scope)
+
+    dependency: params.Depends = Depends(check)
+    return dependency
+
+
+def arrival_of(request: Request, *, is_streamed: bool) -> Arrival:
+    """What a generating request brings along beside its body."""
+    state = request.state
+    return Arrival(request.headers, state.request_id, state.caller, state.arrived_at, is_streamed)
+
+
 _MEANINGS = {
+    401: "No API key, or one that is not valid.",
+    403: "The API key lacks the scope.",
     404: "No adapter of that name.",
-    409: "The name is in use by another upload.",
+    408: "The body came too slowly.",
+    409: "The name is in use by another upload, or by an adapter that is shared.",
     413: "The body is too large.",
     415: "Neither multipart nor zip.",
     422: "Invalid; the message names every offender and what would be legal.",
+    429: "The API key is over one of its limits; see Retry-After.",
     500: "The engine failed on this request.",
     503: "The queue is full, or the server is loading or draining; see Retry-After.",
+    504: "The request was not complete by its deadline.",
     507: "The store is full.",
 }
 

@@ -4,22 +4,24 @@ from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette import types
 
 from service.core import Mode, TokenEvent
 from service.http import answers
 from service.http.disconnect import closing_on_disconnect
 from service.http.generation import Submitted, submit
-from service.http.routes_common import TheServices, errors
+from service.http.refusals import NOBODY_TO_ANSWER
+from service.http.routes_common import TheServices, arrival_of, errors, needs
 from service.http.schemas import CompatRequest, GenerateRequest, GenerateResponse, StreamResponse
 from service.http.services import Services
 from service.http.stream import EventStream
+from service.keys import Scope
 
-router = APIRouter(tags=["generate"], responses=errors(404, 413, 422, 500, 503))
-
-GENERATING_PATHS = ("/", "/generate", "/generate_stream")
-NOBODY_TO_ANSWER = 499
-"""nginx's status for a client that closed the connection; it is seen in logs only."""
+router = APIRouter(
+    tags=["generate"],
+    dependencies=[needs(Scope.GENERATE)],
+    responses=errors(401, 403, 404, 408, 413, 422, 429, 500, 503, 504),
+)
 
 
 @router.post("/generate", response_model=GenerateResponse)
@@ -43,7 +45,7 @@ async def generate_compat(body: CompatRequest, request: Request, services: TheSe
 
 
 async def _whole(body: GenerateRequest, request: Request, services: Services, *, is_wrapped: bool) -> Response:
-    submitted = await _submit(body, request, services)
+    submitted = await _submit(body, request, services, is_streamed=False)
     try:
         async with submitted.events, closing_on_disconnect(request.receive, submitted.events):
             answer, end = await answers.collect(submitted, body)
@@ -55,7 +57,7 @@ async def _whole(body: GenerateRequest, request: Request, services: Services, *,
 
 
 async def _streamed(body: GenerateRequest, request: Request, services: Services) -> Response:
-    submitted = await _submit(body, request, services)
+    submitted = await _submit(body, request, services, is_streamed=True)
     events = submitted.events
     try:
         # The first event is awaited before the headers are sent: they say its mode, and an early failure has a status.
@@ -71,15 +73,10 @@ async def _streamed(body: GenerateRequest, request: Request, services: Services)
     return _ClosingResponse(answers.stream(submitted, body, first), events, headers)
 
 
-async def _submit(body: GenerateRequest, request: Request, services: Services) -> Submitted:
-    submitted = await submit(services, body, request.headers, request.state.request_id)
-    request.state.is_submitted = True
+async def _submit(body: GenerateRequest, request: Request, services: Services, *, is_streamed: bool) -> Submitted:
+    submitted = await submit(services, body, arrival_of(request, is_streamed=is_streamed))
+    request.state.is_submitted = True  # from here on its terminal event is counted
     return submitted
-
-
-def is_submitted(request: Request) -> bool:
-    """The engine took the request, and its end is counted there."""
-    return getattr(request.state, "is_submitted", False)
 
 
 class _ClosingResponse(StreamingResponse):
@@ -89,7 +86,7 @@ class _ClosingResponse(StreamingResponse):
         super().__init__(content, media_type="text/event-stream", headers=headers)
         self._events = events
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:

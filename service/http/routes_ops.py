@@ -11,7 +11,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict
 
-from service.http.routes_common import TheServices, errors
+from service.http.routes_common import TheServices, errors, needs
+from service.keys import Scope
 from service.version import VERSION
 
 router = APIRouter(tags=["operations"])
@@ -60,7 +61,7 @@ async def ready(services: TheServices) -> Response:
     return JSONResponse({"error": f"the server is {why}", "error_type": "unavailable"}, 503, {"Retry-After": "1"})
 
 
-@router.get("/info")
+@router.get("/info", responses=errors(401, 429))
 async def info(services: TheServices) -> Info:
     """What is served, and its limits."""
     model, settings = services.engine.model, services.settings
@@ -81,7 +82,7 @@ async def info(services: TheServices) -> Info:
     )
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=PlainTextResponse, dependencies=[needs(Scope.METRICS)], responses=errors(401, 403, 429))
 def metrics(services: TheServices) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -31,7 +31,13 @@ class Selection:
     policy: str | None = None
 
 
-def select(adapter: str | None, rank: RankWish, policy: str | None, headers: Mapping[str, str]) -> Selection:
+def select(
+    adapter: str | None,
+    rank: RankWish,
+    policy: str | None,
+    headers: Mapping[str, str],
+    default_adapter: str | None = None,
+) -> Selection:
     """Join body and headers.
 
     The body comes first: if it names an adapter, the adapter header is not read; if it says anything of the rank
@@ -39,6 +45,7 @@ def select(adapter: str | None, rank: RankWish, policy: str | None, headers: Map
 
     Args:
         headers: names in lower case.
+        default_adapter: serves where neither names one; the base must then be asked for by name, as "base" or "".
 
     Raises:
         InvalidRequest: a rank without adapter, `name@8` beside another rank, a header that is not legal.
@@ -49,6 +56,8 @@ def select(adapter: str | None, rank: RankWish, policy: str | None, headers: Map
     field = "adapter_id"
     if adapter is None and ADAPTER_HEADER in headers:
         adapter, field = headers[ADAPTER_HEADER], ADAPTER_HEADER
+    if adapter is None:
+        adapter = default_adapter
     name, at = _split(adapter or "", field)
     if at is not None and field == "adapter_id":
         rank = _agree(at, rank, policy, field)

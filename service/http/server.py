@@ -1,6 +1,8 @@
 """Runs the application under uvicorn, and ends it without dropping what runs."""
 
+import asyncio
 import os
+import signal
 import socket
 import threading
 from types import FrameType
@@ -8,6 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.http.connection import BoundedConnection
 from service.http.services import Services
 from service.log import logger, pairs
 
@@ -16,7 +19,10 @@ _CLOSE_CONNECTIONS_S = 5
 
 
 class DrainingServer(uvicorn.Server):
-    """First SIGTERM or SIGINT: readiness off, new requests get 503, what runs is finished. The second ends at once."""
+    """First SIGTERM or SIGINT: readiness off, new requests get 503, what runs is finished. The second ends at once.
+
+    SIGHUP reads the API keys again.
+    """
 
     def __init__(self, app: FastAPI, host: str, port: int, drain_timeout_s: float) -> None:
         config = uvicorn.Config(
@@ -26,6 +32,8 @@ class DrainingServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            http=BoundedConnection,
+            ws="none",
             timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
         )
         super().__init__(config)
@@ -38,6 +46,8 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Bind, and say where."""
+        if threading.current_thread() is threading.main_thread():  # no other thread gets signals
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._services.tenants.reload)
         await super().startup(sockets)
         if self.started:
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host

@@ -5,8 +5,10 @@ from threading import Event
 
 from service.core import EngineProtocol
 from service.errors import Draining
+from service.http.limits import DrainRate
 from service.http.metrics import Metrics
 from service.http.registry import AdapterRegistry
+from service.http.tenants import Tenants
 from service.policies import PolicyBook
 from service.settings import Settings
 
@@ -20,6 +22,9 @@ class Services:
     registry: AdapterRegistry
     metrics: Metrics
     policies: PolicyBook
+    tenants: Tenants
+    drain_rate: DrainRate = field(default_factory=DrainRate)
+    """How fast generations end, for Retry-After."""
     draining: Event = field(default_factory=Event)
     """Set once the server takes no new work; it never goes back."""
 

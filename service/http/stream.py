@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 
 from service.core import Aborted, EngineProtocol, Event, Failed, Finished, GenerationRequest
+from service.errors import ServiceError, SlowReader
 
 TERMINAL = (Finished, Aborted, Failed)
 
@@ -16,11 +17,12 @@ class EventStream:
     Whoever leaves the block before that (an exception, a cancelled task, a client that went away) aborts the request,
     so that its place in the batch is free before the next step.
 
-    A slow reader holds at most max_new_tokens + 1 small events of its own request and never delays the engine: events
-    wait in a plain deque, and the loop is woken once however many have come meanwhile.
+    A reader never delays the engine: events wait in a plain deque, and the loop is woken once however many have come
+    meanwhile. One that falls too far behind is cut off.
 
     Args:
         on_event: told each event first, in the engine's thread, whether or not anyone still reads. It must not raise.
+        max_unread: events that may wait for the reader; None where the reader is the server itself.
     """
 
     def __init__(
@@ -28,10 +30,14 @@ class EventStream:
         engine: EngineProtocol,
         request: GenerationRequest,
         on_event: Callable[[Event], None] | None = None,
+        max_unread: int | None = None,
     ) -> None:
         self._engine = engine
         self._request = request
         self._on_event = on_event
+        self._max_unread = max_unread
+        self._cut_by: ServiceError | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -50,8 +56,25 @@ class EventStream:
         """Hand the request to the engine. Raises what EngineProtocol.submit raises; then no event will come."""
         self._engine.submit(self._request, self._sink)
 
+    def cut_at(self, moment: float, error: ServiceError) -> None:
+        """Cut the request off at a moment of the event loop's clock, unless it has ended by then."""
+        self._timer = self._loop.call_at(moment, self.cut, error)
+
+    def cut(self, error: ServiceError) -> None:
+        """End the request with an error: the engine aborts it, and the reader hears of the error next, at once. Idempotent.
+
+        What was not read yet is never delivered. The observer hears of the same error when the engine has aborted.
+        """
+        if self._has_ended or self._cut_by is not None:
+            return
+        self._cut_by = error
+        self._engine.abort(self._request.request_id)
+        self._wake_reader()
+
     def close(self) -> None:
-        """Abort the request unless it has ended. Idempotent, and safe from any thread."""
+        """Abort the request unless it has ended. Idempotent; from the event loop."""
+        if self._timer is not None:
+            self._timer.cancel()
         if not self._has_ended:
             self._engine.abort(self._request.request_id)
 
@@ -64,21 +87,33 @@ class EventStream:
 
     async def next(self) -> Event:
         """The next event. After the terminal one there is none: don't ask."""
-        while not self._events:
+        while self._cut_by is None and not self._events:
             self._arrived.clear()
             # The sink may have appended between the check and the clear.
-            if self._events:
+            if self._cut_by is not None or self._events:
                 break
             await self._arrived.wait()
+        if self._cut_by is not None:
+            return Failed(self._request.request_id, self._cut_by)
         return self._events.popleft()
 
     def _sink(self, event: Event) -> None:
         """Runs in the engine's thread."""
+        if self._cut_by is not None and isinstance(event, Aborted):
+            event = Failed(event.request_id, self._cut_by)
         if isinstance(event, TERMINAL):
             self._has_ended = True
         if self._on_event is not None:
             self._on_event(event)
+        if self._cut_by is not None:
+            return
         self._events.append(event)
+        if self._max_unread is not None and len(self._events) > self._max_unread and not self._has_ended:
+            self.cut(SlowReader(self._max_unread))
+            return
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
         if self._is_wake_due:
             return
         self._is_wake_due = True

@@ -4,25 +4,29 @@ import time
 from dataclasses import dataclass
 
 from service.core import Aborted, Event, Failed, Finished, TokenEvent
+from service.errors import DeadlinePassed, SlowReader
+from service.http.limits import DrainRate
 from service.http.metrics import Metrics
 from service.log import logger, pairs
 
 
 @dataclass(frozen=True)
 class TrackedRequest:
-    """What a request is counted under; `rank` is 0 without adapter."""
+    """What a request is counted under; `rank` is 0 without adapter, `key` is the name of the API key, "" without."""
 
     request_id: str
     adapter: str | None
     rank: int
     prompt_tokens: int
+    key: str = ""
 
 
 class RequestTracker:
     """Follows one request from the engine's thread."""
 
-    def __init__(self, metrics: Metrics, request: TrackedRequest) -> None:
+    def __init__(self, metrics: Metrics, request: TrackedRequest, drain_rate: DrainRate) -> None:
         self._metrics = metrics
+        self._drain_rate = drain_rate
         self._request = request
         self._started_at = time.perf_counter()
         self._last_token_at: float | None = None
@@ -37,11 +41,16 @@ class RequestTracker:
             case Finished():
                 self._mode = event.mode.value
                 usage = event.usage
+                self._drain_rate.ended(usage.total_s - usage.queue_s)
                 adapter, rank = self._request.adapter, self._request.rank
                 self._metrics.completed(adapter, rank, total_s=usage.total_s, queue_s=usage.queue_s)
                 self._end("ok")
             case Aborted():
                 self._end("aborted")
+            case Failed(error=DeadlinePassed()):
+                self._end("timeout", error=str(event.error))
+            case Failed(error=SlowReader()):
+                self._end("aborted", error=str(event.error))
             case Failed():
                 self._end("failed", error=str(event.error))
 
@@ -63,6 +72,7 @@ class RequestTracker:
         line = pairs(
             request_id=request.request_id,
             outcome=outcome,
+            key=request.key or None,
             adapter=request.adapter,
             rank=request.rank,
             mode=self._mode,

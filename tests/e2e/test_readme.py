@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -11,11 +13,13 @@ import pytest
 
 from adapters.demo import ARTIFACTS
 from loadtests.server_process import ServerProcess
+from service.keys import KeyEntry
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CURL_BLOCKS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "curl" in block]
+LIBRARY_BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README.partition("## The library")[2].partition("\n## ")[0], re.DOTALL)
 PROMPT = (
     "name[The Golden Palace], eatType[coffee shop], food[Chinese], priceRange[moderate], customer rating[3 out of 5],"
     " area[riverside]"
@@ -28,6 +32,17 @@ def test_a_block_of_commands_runs(block: str, demo: ServerProcess, tmp_path: Pat
     (tmp_path / "adapters").symlink_to(ROOT / "adapters")
     script = block.replace("localhost:8000", f"127.0.0.1:{demo.port}").replace("curl -s", "curl -sS --fail-with-body")
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.timeout(300)  # five processes that import torch
+@pytest.mark.parametrize(("language", "block"), LIBRARY_BLOCKS, ids=[language for language, _ in LIBRARY_BLOCKS])
+def test_a_block_of_the_library_runs(language: str, block: str, tmp_path: Path) -> None:
+    (tmp_path / "adapters").symlink_to(ROOT / "adapters")
+    (tmp_path / "service").symlink_to(ROOT / "service")
+    script = f'dylora() {{ {shlex.quote(sys.executable)} -m service.cli "$@"; }}\n{block}'
+    command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -61,4 +76,12 @@ def test_every_metric_is_documented(demo: ServerProcess) -> None:
 
 
 def test_settings_that_readme_names_exist() -> None:
+    limits = README[README.index("## Limits") : README.index("## Metrics")]
+    named = {word for word in re.findall(r"`([a-z_]+)`", limits) if "_" in word}
+    assert len(named) > 10
+    assert named <= set(Settings.model_fields)
     assert {"default_policy", "quality_tolerance", "budget_share", "metrics_max_adapters"} <= set(Settings.model_fields)
+
+
+def test_every_field_of_a_key_is_documented() -> None:
+    assert [name for name in KeyEntry.model_fields if f"`{name}`" not in README] == []

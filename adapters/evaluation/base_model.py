@@ -1,0 +1,147 @@
+"""The base model that an adapter is measured on: found, and loaded with the head its task needs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from adapters.adapter import Adapter
+from adapters.data.example import Corpus, Task
+from adapters.demo import ARTIFACTS, BASE_NAME
+from adapters.errors import AdapterError, DataError, InvalidAdapter
+from adapters.training.trainer import padding_id
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model in eval mode, and its tokenizer.
+
+    Attributes:
+        name: the folder's own name, or the hub's.
+        has_own_head: whether all of its weights came with it: a classifier's head often comes with the adapter only.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    has_own_head: bool = True
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one. Raises AdapterError if torch has none such here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AdapterError(f"device: {name!r} is not a device of torch here; expected auto, cpu or cuda") from error
+    return device
+
+
+def base_name(model: Path | str | None, adapter: Adapter) -> str:
+    """Where the base model is: `model` as given, else what the adapter's config names.
+
+    Raises:
+        AdapterError: neither is given, or it looks like a folder that is not there.
+    """
+    name = str(model) if model else adapter.config.base_model
+    if not name:
+        raise AdapterError("model: the adapter's config names no base model; give a folder or a hub name")
+    if model is None and name == BASE_NAME:
+        return str(ARTIFACTS / "base")
+    is_folder_like = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not Path(name).is_dir() and is_folder_like:
+        said = "" if model else "; the adapter's config names it, name another"
+        raise AdapterError(f"model: {name} is not a folder{said}")
+    return name
+
+
+def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.device, dtype: torch.dtype | None) -> BaseModel:
+    """Load model and tokenizer. Only safetensors are read, and no code that comes with a model is run.
+
+    Args:
+        name: a folder or a hub name.
+        adapter: may bring the head of a classifier.
+        corpus: its task says which head is needed, its labels how large it is.
+        device: where to put it.
+        dtype: of the weights; as they are stored if None.
+
+    Raises:
+        AdapterError: it can't be loaded.
+        DataError: the adapter's head is of another number of classes.
+        InvalidAdapter: the classifier has no trained head, neither in the base nor in the adapter.
+    """
+    is_classifier = corpus.task is Task.CLASSIFICATION
+    loader: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    with _quiet(), _refused(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if is_classifier:
+            config.num_labels = len(corpus.labels)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = loader.from_pretrained(
+            name,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=is_classifier,  # a head of another task, which counts as missing below
+        )
+    if is_classifier and model.config.pad_token_id is None:
+        model.config.pad_token_id = padding_id(model)  # a decoder looks for the last token that is not padding
+    absent = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
+    if is_classifier:
+        _check_classes(model, adapter, corpus)
+    lacking = sorted(absent - set(adapter.saved_modules))
+    if lacking:
+        raise InvalidAdapter([f"{key}: neither the base model {name} nor the adapter has it trained" for key in lacking])
+    model.to(device)
+    shown = Path(name).resolve().name if Path(name).is_dir() else name
+    return BaseModel(shown, model.train(False).requires_grad_(False), tokenizer, has_own_head=not absent)
+
+
+def _check_classes(model: PreTrainedModel, adapter: Adapter, corpus: Corpus) -> None:
+    """Raise DataError where the adapter's head is of another number of classes than the data."""
+    for name, parameter in model.named_parameters():
+        saved = adapter.saved_modules.get(name)
+        is_head = parameter.shape[0] == len(corpus.labels) and saved is not None and saved.shape[1:] == parameter.shape[1:]
+        if is_head and saved is not None and saved.shape[0] != len(corpus.labels):
+            classes = f"{len(corpus.labels)} classes ({', '.join(corpus.labels)})"
+            raise DataError(f"{corpus.source}: {classes}; the adapter's head {name} has {saved.shape[0]}")
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Whatever transformers raises for a model that it can't load, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        lines = str(error).strip().splitlines()
+        raise AdapterError(f"model: {name} can't be loaded: {lines[0] if lines else type(error).__name__}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of a new classifier, whose weights the adapter brings, and its bar of weights."""
+    before, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if shows_progress:
+            logging.enable_progress_bar()

@@ -1,0 +1,57 @@
+"""An error as an answer: the body that clients of the route expect, its headers, its count. For routes and middleware."""
+
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
+from starlette.types import Scope
+
+from service.errors import InvalidRequest, KeyOverLimit, NoKey, QueueFull, WrongScope
+from service.http.error_table import ErrorKind, kind_of, openai_body
+from service.http.services import Services
+
+GENERATING_PATHS = ("/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions")
+NOBODY_TO_ANSWER = 499
+"""nginx's status for a client that closed the connection; it is seen in logs only."""
+
+
+def refuse(
+    scope: Scope, kind: ErrorKind, message: str, headers: Mapping[str, str] | None = None, param: str | None = None
+) -> JSONResponse:
+    """The answer to a request that is not served as it stands, counted by its kind.
+
+    Args:
+        param: the field that is to blame, where there is one.
+    """
+    services: Services = scope["app"].state.services
+    if kind.status != NOBODY_TO_ANSWER:
+        services.metrics.error_answered(kind.type)
+    is_generating = scope["method"] == "POST" and scope["path"] in GENERATING_PATHS
+    if is_generating and not scope.get("state", {}).get("is_submitted"):  # else its terminal event is counted
+        services.metrics.refused()
+    body = (
+        openai_body(message, kind, param) if scope["path"].startswith("/v1/") else {"error": message, "error_type": kind.type}
+    )
+    return JSONResponse(body, kind.status, dict(headers or {}))
+
+
+def refuse_error(scope: Scope, error: Exception) -> JSONResponse:
+    """The answer to an error of either tree."""
+    param = error.field if isinstance(error, InvalidRequest) else None
+    return refuse(scope, kind_of(error), str(error), _headers(scope, error), param)
+
+
+def _headers(scope: Scope, error: Exception) -> dict[str, str]:
+    """RFC 6750 says what a bearer challenge holds."""
+    match error:
+        case NoKey():
+            return {"WWW-Authenticate": 'Bearer realm="dylora"' + (', error="invalid_token"' if error.was_given else "")}
+        case WrongScope():
+            return {"WWW-Authenticate": f'Bearer realm="dylora", error="insufficient_scope", scope="{error.needed}"'}
+        case KeyOverLimit():
+            return {"Retry-After": str(error.retry_after_s)}
+        case QueueFull():
+            services: Services = scope["app"].state.services
+            stats = services.engine.stats()
+            return {"Retry-After": str(services.drain_rate.retry_after_s(stats.running, stats.waiting))}
+    seconds = kind_of(error).retry_after_s
+    return {} if seconds is None else {"Retry-After": str(seconds)}

@@ -1,0 +1,76 @@
+"""Paged attention against plain attention over the same keys and values."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from service.engine.kv_cache import AttentionCall, KVCache, LayerShape, Span
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+
+
+def plain_attention(query: Tensor, keys: Tensor, values: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
+    """The last rows of one sequence over all of it: [heads, rows, dim], [kv_heads, tokens, dim] to [rows, heads, dim]."""
+    keys, values = (each.repeat_interleave(HEADS // KV_HEADS, 0) for each in (keys, values))
+    scores = query @ keys.transpose(1, 2) * DIM**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    tokens = keys.shape[1]
+    at = torch.arange(tokens)
+    rows = at[-query.shape[1] :, None]
+    hidden = at > rows
+    if window is not None:
+        hidden |= at <= rows - window
+    out: Tensor = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+    return out
+
+
+def packed(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts), dim=1)
+
+
+@pytest.mark.parametrize("window", [None, 1, 8, 100, 300])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+# Position of the first row and number of rows: decode rows far apart in length beside chunks at a start, inside and a long one.
+@pytest.mark.parametrize(
+    "places", [[(900, 1), (3, 1), (20, 1), (257, 1), (511, 1), (899, 1)], [(0, 7), (600, 1), (330, 40), (5, 1)]]
+)
+def test_rows_of_any_length_see_what_plain_attention_sees(
+    window: int | None, softcap: float | None, places: list[tuple[int, int]]
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Identity()
+    block_tokens = 16
+    shape = LayerShape(KV_HEADS, DIM, DIM, window)
+    needed = [-(-(start + length) // block_tokens) for start, length in places]
+    cache = KVCache(
+        {layer: shape},
+        total_blocks=sum(needed),
+        block_tokens=block_tokens,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    shuffled = torch.split(torch.randperm(sum(needed)), needed)  # nobody's blocks are in order
+    keys = [torch.randn(KV_HEADS, start + length, DIM) for start, length in places]
+    values = [torch.randn(KV_HEADS, start + length, DIM) for start, length in places]
+    queries = [torch.randn(HEADS, length, DIM) for _, length in places]
+
+    def attend(spans: list[Span], query: list[Tensor], key: list[Tensor], value: list[Tensor]) -> Tensor:
+        call = AttentionCall(packed(query), packed(key), packed(value), DIM**-0.5, window, softcap)
+        return cache.plan(spans).attend(layer, call)
+
+    for blocks, key, value, (start, _) in zip(shuffled, keys, values, places, strict=True):
+        if start:  # what was computed in earlier steps
+            before = Span(0, start, blocks.tolist())
+            attend([before], [torch.randn(HEADS, start, DIM)], [key[:, :start]], [value[:, :start]])
+    spans = [Span(start, length, blocks.tolist()) for (start, length), blocks in zip(places, shuffled, strict=True)]
+    new_keys = [key[:, start:] for key, (start, _) in zip(keys, places, strict=True)]
+    new_values = [value[:, start:] for value, (start, _) in zip(values, places, strict=True)]
+    got = attend(spans, queries, new_keys, new_values)
+    expected = [
+        plain_attention(query, key, value, window=window, softcap=softcap)
+        for query, key, value in zip(queries, keys, values, strict=True)
+    ]
+    torch.testing.assert_close(got, torch.cat(expected))

@@ -1,0 +1,97 @@
+"""`dylora train` as people type it; what it does is tested through its function."""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from adapters.commands.train import COMMAND, TrainOptions, parse_ranks, parse_targets, parse_weights
+from adapters.errors import AdapterError
+from adapters.training.dylora import DyLoRAConfig, RankDistribution, UpdateRule
+from adapters.training.settings import OptimizerName, TrainSettings
+from service.cli import main
+
+NEEDED = ("--model", "M", "--data", "D", "--out", "A")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parsed(*argv: str) -> TrainOptions:
+    parser = argparse.ArgumentParser()
+    COMMAND.add_to(parser.add_subparsers())
+    return COMMAND.options_of(vars(parser.parse_args(["train", *NEEDED, *argv])))
+
+
+def test_what_is_not_given_is_as_the_settings_have_it() -> None:
+    assert parsed().settings() == TrainSettings()
+    assert parsed().dylora() == DyLoRAConfig()
+    assert {f.name for f in fields(TrainSettings)} <= {f.name for f in fields(TrainOptions)}
+
+
+def test_options_reach_settings_and_adapter() -> None:
+    options = parsed(
+        *("--ranks", "1,2,4,8,16", "--rank-distribution", "weights", "--rank-weights", "1,1,1,1,4"),
+        *("--update-rule", "frozen", "--optim", "row-adamw", "--target-modules", "q_proj,v_proj", "--lora-alpha", "32"),
+        *("--max-steps", "7", "--bf16", "--eval-ranks", "1,16", "--eval-steps", "0.5", "--use-rslora"),
+    )
+    assert options.dylora() == DyLoRAConfig(
+        r_max=16,
+        alpha=32.0,
+        rslora=True,
+        ranks=(1, 2, 4, 8, 16),
+        distribution=RankDistribution.WEIGHTS,
+        weights=(1, 1, 1, 1, 4),
+        targets=("q_proj", "v_proj"),
+        update=UpdateRule.FROZEN,
+    )
+    settings = options.settings()
+    assert (settings.max_steps, settings.bf16, settings.eval_ranks, settings.eval_steps) == (7, True, (1, 16), 0.5)
+    assert settings.optim is OptimizerName.ROW_ADAMW
+
+
+def test_ranks_weights_and_targets_are_read_or_refused_with_what_is_legal() -> None:
+    assert parse_ranks("2-5") == (2, 3, 4, 5)
+    assert parse_ranks("1, 8") == (1, 8)
+    assert parse_targets("all-linear") == "all-linear"
+    for parse, text in ((parse_ranks, "1-"), (parse_ranks, "a"), (parse_weights, "1,b"), (parse_targets, "q,,v")):
+        with pytest.raises(ValueError, match=f"{text}.* is (neither|not) .* like"):
+            parse(text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--r-max", "0"), "r_max must be at least 1, not 0"),
+        (("--update-rule", "frozen"), "update rule 'frozen' needs the optimiser 'row-adamw', not 'adamw'"),
+        (("--max-steps", "0"), "max_steps must be at least 1"),
+        (("--geometric-p", "2"), "geometric_p must lie between 0 and 1"),
+    ],
+)
+def test_contradictions_are_one_error_line(argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *NEEDED, *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dylora: error: ") and said in error and error.count("\n") == 1
+
+
+def test_help_teaches_and_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys; from service.cli import main\ntry: main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    for said in (
+        '{"prompt": "...", "completion": "..."}',
+        "examples:",
+        "torchrun",
+        "--eval-ranks",
+        "from adapters import train",
+    ):
+        assert said in done.stdout
+    for option in fields(TrainOptions):
+        assert f"--{option.name.replace('_', '-')}" in done.stdout
+
+
+def test_illegal_settings_are_library_errors() -> None:
+    with pytest.raises(AdapterError, match="weights must be 8 numbers"):
+        parsed("--rank-distribution", "weights").dylora()

@@ -1,0 +1,93 @@
+"""Sequence classification: the head is trained with the adapter, and stock PEFT loads both."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from adapters.checkpoint import read_peft
+from adapters.commands.train import train
+from adapters.data.example import Task
+from adapters.errors import AdapterError, TrainingError
+from adapters.nesting import export_rank
+from adapters.training.base_model import Precision, load_base
+from adapters.training.heads import modules_to_train
+from adapters.training.layer import set_rank, target_paths, write_adapter
+from adapters.training.token_limit import max_tokens
+from tests.tiny_models import POSITIONS, some_tokens
+from tests.training_harness import model_folder, word_tokenizer, write_labelled, write_pairs
+
+QUICK = {"r_max": 2, "max_steps": 30, "learning_rate": 1e-2, "disable_tqdm": True, "save_steps": 0}
+WHOLE = {"bert": ("bert.pooler.dense", "classifier"), "roberta": ("classifier",), "llama": ("score",), "gpt2": ("score",)}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "gpt2"])
+def test_an_exported_rank_gives_stock_peft_the_same_logits(tmp_path: Path, kind: str) -> None:
+    folder = model_folder(tmp_path / "base", kind)
+    report = train(folder, write_labelled(tmp_path / "data.jsonl"), tmp_path / "out", **QUICK)
+    adapter = read_peft(tmp_path / "out")
+    assert adapter.training["modules_to_save"] == list(WHOLE[kind])
+    assert report.metrics["eval_rank_2_accuracy"] > 0.8
+
+    def fresh(seed: int) -> torch.nn.Module:
+        """The base with a head of its own chance."""
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, pad_token_id=0).eval()
+        assert isinstance(model, torch.nn.Module)
+        return model
+
+    tokens = some_tokens()
+    for rank in (1, 2):
+        ours = fresh(1)
+        write_adapter(ours, adapter)
+        set_rank(ours, rank)
+        export_rank(adapter, rank, tmp_path / f"rank{rank}")
+        theirs = PeftModel.from_pretrained(fresh(2), str(tmp_path / f"rank{rank}")).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "gpt2"])
+def test_the_head_is_no_target_and_what_the_checkpoint_lacked_is_trained(tmp_path: Path, kind: str) -> None:
+    folder, device = model_folder(tmp_path, kind), torch.device("cpu")
+    base = load_base(str(folder), Task.CLASSIFICATION, ("no", "yes"), precision=Precision(), device=device)
+    whole = modules_to_train(base.model, base.missing)
+    assert tuple(sorted(whole)) == WHOLE[kind]
+    targets = target_paths(base.model, "all-linear", whole)
+    assert not [path for path in targets if path.startswith(whole)]
+    assert base.model.config.id2label == {0: "no", 1: "yes"}
+    assert max_tokens(base.model, base.tokenizer) == (POSITIONS - 1 if kind == "roberta" else POSITIONS)
+
+
+def test_evaluation_data_with_other_classes_is_refused_and_with_fewer_is_not(tmp_path: Path) -> None:
+    folder, data = model_folder(tmp_path / "base", "bert"), write_labelled(tmp_path / "data.jsonl")
+    lines = data.read_text().splitlines()
+    (tmp_path / "dev.jsonl").write_text(lines[1] + "\n" + lines[3] + "\n" + lines[0].replace("lower", "middle") + "\n")
+    with pytest.raises(AdapterError, match="middle"):
+        train(folder, data, tmp_path / "a", eval_data=tmp_path / "dev.jsonl", **QUICK)
+
+
+def test_muon_is_refused_where_vectors_are_trained(tmp_path: Path) -> None:
+    folder, data = model_folder(tmp_path / "base", "bert"), write_labelled(tmp_path / "data.jsonl")
+    with pytest.raises(TrainingError, match=r"'muon' moves matrices only, not .*classifier.bias"):
+        train(folder, data, tmp_path / "out", optim="muon", **QUICK)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_causal_data_needs_a_causal_model(tmp_path: Path, kind: str) -> None:
+    folder, data = model_folder(tmp_path / "base", kind), write_pairs(tmp_path / "data.jsonl")
+    with pytest.raises(TrainingError, match=f"can't be loaded for causal-lm: {kind} reads both ways"):
+        train(folder, data, tmp_path / "out", **QUICK)
+
+
+def test_a_model_that_is_loaded_is_trained_where_it_fits_the_data(tmp_path: Path) -> None:
+    folder, data = model_folder(tmp_path / "base", "bert"), write_labelled(tmp_path / "data.jsonl")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    report = train(model, data, tmp_path / "out", tokenizer=word_tokenizer(), optim="row-adamw", **QUICK)
+    assert report.metrics["eval_rank_2_accuracy"] > 0.8
+    with pytest.raises(TrainingError, match="needs its tokenizer"):
+        train(model, data, tmp_path / "other", **QUICK)
+    with pytest.raises(TrainingError, match="not made for causal-lm"):
+        train(model, write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "other", tokenizer=word_tokenizer(), **QUICK)
