@@ -1,9 +1,8 @@
 """Changing an adapter's shape without changing its function: re-nesting, cutting to one rank, exporting."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from adapters.adapter import Adapter, LowRank
 from adapters.checkpoint.peft_writer import write_checkpoint, write_peft
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import InvalidAdapter
-from adapters.quality import QualityProfile
 
 
 def renest(adapter: Adapter) -> Adapter:
@@ -72,21 +70,8 @@ def first_columns(adapter: Adapter, r_max: int) -> Adapter:
     adapter.config.check_rank(r_max)
     ranks = tuple(rank for rank in adapter.config.ranks if rank <= r_max)
     modules = {path: _cut(module, r_max, 1.0) for path, module in adapter.modules.items()}
-    quality = _quality_up_to(r_max, adapter.quality) if adapter.quality else None
+    quality = adapter.quality.up_to(r_max) if adapter.quality else None
     return replace(adapter, config=replace(adapter.config, r_max=r_max, ranks=ranks), modules=modules, quality=quality)
-
-
-def _quality_up_to(r_max: int, quality: QualityProfile) -> QualityProfile | None:
-    """None where nothing was measured at the ranks that are left."""
-    metrics = []
-    for metric in quality.metrics:
-        by_rank = {f.name: getattr(metric, f.name) for f in fields(metric) if isinstance(getattr(metric, f.name), Mapping)}
-        cut: dict[str, Any] = {
-            name: {rank: each for rank, each in values.items() if rank <= r_max} for name, values in by_rank.items()
-        }
-        metrics.append(replace(metric, **cut))
-    kept = tuple(metric for metric in metrics if metric.values)
-    return replace(quality, metrics=kept) if kept else None
 
 
 def at_rank(adapter: Adapter, rank: int) -> Adapter:

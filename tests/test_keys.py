@@ -79,7 +79,7 @@ def test_a_bad_file_is_refused_by_entry_and_field(tmp_path: Path, content: str, 
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("tokens", [{TOKEN_ID: TOKEN}, {TOKEN: digest_of(TOKEN)}, [TOKEN], TOKEN])
+@pytest.mark.parametrize("tokens", [{TOKEN_ID: TOKEN}, {TOKEN: digest_of(TOKEN)}, [TOKEN], TOKEN], ids=range(4))
 def test_a_key_in_the_place_of_its_hash_is_not_repeated(tokens: object) -> None:
     with pytest.raises(KeysError, match=r"alice\.tokens: must be 12 hex digits") as caught:
         parse_keys(text(alice=entry(tokens=tokens)))

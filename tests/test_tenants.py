@@ -30,12 +30,12 @@ def test_without_keys_everybody_is_let_in() -> None:
         pass
 
 
-@pytest.mark.parametrize("header", [f"Bearer {TOKEN}", f"bearer  {TOKEN} "])
+@pytest.mark.parametrize("header", [f"Bearer {TOKEN}", f"bearer  {TOKEN} "], ids=["plain", "lenient"])
 def test_a_key_is_a_bearer_token(header: str) -> None:
     assert tenants(key()).identify(header).name == "alice"
 
 
-@pytest.mark.parametrize("header", ["", TOKEN, "Bearer", "Bearer x", f"Basic {TOKEN}", f"Bearer {TOKEN} {TOKEN}"])
+@pytest.mark.parametrize("header", ["", TOKEN, "Bearer", "Bearer x", f"Basic {TOKEN}", f"Bearer {TOKEN} {TOKEN}"], ids=range(6))
 def test_anything_else_is_not_valid(header: str) -> None:
     with pytest.raises(NoKey, match="not valid") as caught:
         tenants(key()).identify(header)
@@ -122,6 +122,7 @@ def test_keys_are_read_again_and_broken_ones_leave_the_old(
             "api_keys (DYLORA_API_KEYS): a.rank_policy: 'best' is no policy; legal: budget, max, quality",
         ),
     ],
+    ids=range(2),
 )
 def test_keys_that_can_not_be_used_stop_the_start(content: str, said: str) -> None:
     with pytest.raises(SettingsError) as caught:

@@ -103,6 +103,7 @@ def _step(trainer: "PairTrainer", batch: dict[str, object]) -> float:
     started = time.perf_counter()
     trainer.training_step(trainer.model, batch)
     torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.requires_grad], 1.0)
+    assert trainer.optimizer is not None  # made before the first step
     trainer.optimizer.step()
     trainer.model.zero_grad()
     trainer.state.global_step += 1
