@@ -232,7 +232,8 @@ def run(options: TrainOptions) -> int:
 
 
 def _summary(report: "TrainReport", options: TrainOptions) -> str:
-    lines = [f"adapter: {report.out}, ranks {_range(options.dylora().adapter_config().ranks)}, {report.steps} steps"]
+    ranks = options.dylora().adapter_config().ranks
+    lines = [f"adapter: {report.out}, ranks {_range(ranks)}, {report.steps} steps"]
     for what in ("loss", "accuracy"):
         values = {
             name.split("_")[2]: value for name, value in report.metrics.items() if name.endswith(what) and "_rank_" in name
@@ -241,7 +242,8 @@ def _summary(report: "TrainReport", options: TrainOptions) -> str:
             shown = "  ".join(f"{rank}: {value:.3f}" for rank, value in values.items())
             lines.append(f"{what} on {report.measured_on} at rank  {shown}")
     if any(name.endswith("accuracy") for name in report.metrics):
-        return "\n".join([*lines, f"use it:  dylora export {report.out} --rank 4 --out X, which PEFT loads on {options.model}"])
+        middle = ranks[len(ranks) // 2]
+        return "\n".join([*lines, f"use it:  dylora export {report.out} --rank {middle} --out FOLDER, for PEFT to load"])
     name = report.out.resolve().name
     return "\n".join(
         [

@@ -24,6 +24,9 @@ from adapters.training.heads import modules_to_train
 
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
+_CLASSIFIER_PARTS = r"(.*\.)?(classifier|score|pre_classifier|head|pooler)"
+"""Pattern of the paths that a base's checkpoint may lack: they are to be trained, so they can't be packed."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -54,8 +57,16 @@ class Precision:
     load_in_4bit: bool = False
     load_in_8bit: bool = False
 
-    def loading_options(self, device: torch.device) -> dict[str, Any]:
-        """Arguments for `from_pretrained`. Raises TrainingError where bitsandbytes is needed and isn't there."""
+    def loading_options(self, device: torch.device, left_alone: str | None) -> dict[str, Any]:
+        """Arguments for `from_pretrained`.
+
+        Args:
+            device: where packed weights go.
+            left_alone: pattern of the paths of modules that are not packed; output heads unless given.
+
+        Raises:
+            TrainingError: bitsandbytes is needed and isn't there, or both ways of packing are asked for.
+        """
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         if not (self.load_in_4bit or self.load_in_8bit):
             return {"dtype": dtype}
@@ -72,6 +83,7 @@ class Precision:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=None if left_alone is None else [left_alone],  # in 4 bits too
         )
         return {"dtype": dtype, "quantization_config": packed, "device_map": {"": device}}
 
@@ -96,7 +108,8 @@ def load_base(
     Raises:
         TrainingError: it can't be loaded, is not made for the task, or lacks weights.
     """
-    options = precision.loading_options(device)
+    packing = precision.loading_options(device, _CLASSIFIER_PARTS if task is Task.CLASSIFICATION else None)
+    options = {**packing, "use_safetensors": True, "trust_remote_code": False}  # nothing that comes with a model is run
     torch.manual_seed(seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
