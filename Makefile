@@ -14,6 +14,11 @@ TORCH ?= auto
 ARGS ?=
 # The folder with trainset.csv and devset.csv of the E2E NLG challenge.
 E2E ?=
+# For `make paper`: the corpora, the folder that has stories260K, where results go, and how many runs at a time.
+DATA ?=
+MODELS ?=
+OUT ?=
+JOBS ?= 2
 # Test processes; each holds torch, so no more than four however many cores there are.
 TEST_WORKERS ?= auto
 
@@ -21,7 +26,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-slow test-gpu check lint types format demo-model bench lock clean
+.PHONY: help setup serve test test-slow test-gpu check lint types format demo-model paper bench lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +66,14 @@ types: $(READY) ## Check types, strictly
 demo-model: $(READY) ## Train the demo's model and adapters anew, an hour on two cores: make demo-model E2E=folder-of-its-CSVs
 	@test -n "$(E2E)" || { echo "Name the folder with E2E's trainset.csv and devset.csv: make demo-model E2E=..." >&2; exit 1; }
 	$(BIN)/python -m adapters.demo.recipe --e2e "$(E2E)" $(ARGS)
+
+paper: $(READY) ## Compare DyLoRA with LoRA on real data, a day on two cores: make paper DATA=.. MODELS=.. OUT=.. (resumes)
+	@test -n "$(DATA)" -a -n "$(MODELS)" -a -n "$(OUT)" || { echo "Name the corpora, the models and a folder for the" \
+		"results: make paper DATA=... MODELS=... OUT=... ('python -m adapters.paper --help' says what they hold)." >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m adapters.paper.bases --data "$(DATA)" --out "$(OUT)/bases"
+	$(BIN)/python -m adapters.paper --data "$(DATA)" --models "$(MODELS)" --out "$(OUT)" --jobs $(JOBS) $(ARGS)
+	$(BIN)/python -m adapters.paper.step_time --data "$(DATA)" --models "$(MODELS)" --out "$(OUT)"
+	$(BIN)/python -m adapters.paper.report --results "$(OUT)/results" --to "$(OUT)"
 
 bench: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
 	@$(BIN)/python -m loadtests.throughput $(ARGS)

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from adapters.commands.evaluate import evaluate
     from adapters.commands.export import export
     from adapters.commands.inspect import inspect
-    from adapters.commands.train import train
     from adapters.config import AdapterConfig, AdapterKind
-    from adapters.errors import AdapterError, DataError, IllegalRank, InvalidAdapter, TrainingError
+    from adapters.errors import AdapterError, DataError, IllegalRank, InvalidAdapter
     from adapters.inspection import Inspection
     from adapters.nesting import at_rank, energy_per_rank, export_rank, first_columns, renest
     from adapters.quality import Metric, QualityProfile
@@ -35,7 +34,6 @@ __all__ = [
     "LowRank",
     "Metric",
     "QualityProfile",
-    "TrainingError",
     "at_rank",
     "convert",
     "describe_peft",
@@ -47,7 +45,6 @@ __all__ = [
     "inspect",
     "read_peft",
     "renest",
-    "train",
     "write_peft",
 ]
 
@@ -58,9 +55,8 @@ _HOMES = {
     "adapters.commands.evaluate": ("evaluate",),
     "adapters.commands.export": ("export",),
     "adapters.commands.inspect": ("inspect",),
-    "adapters.commands.train": ("train",),
     "adapters.config": ("AdapterConfig", "AdapterKind"),
-    "adapters.errors": ("AdapterError", "DataError", "IllegalRank", "InvalidAdapter", "TrainingError"),
+    "adapters.errors": ("AdapterError", "DataError", "IllegalRank", "InvalidAdapter"),
     "adapters.inspection": ("Inspection",),
     "adapters.nesting": ("at_rank", "energy_per_rank", "export_rank", "first_columns", "renest"),
     "adapters.quality": ("Metric", "QualityProfile"),

@@ -68,6 +68,9 @@ WITHOUT_TORCH = (
     "service.http.stream",
     "service.engine.fake_engine",
     "service.latency_model",
+    "adapters.paper.plan",
+    "adapters.paper.results",
+    "adapters.paper.summary",
 )
 """Neither these nor what they import may import torch, so that they are tested in milliseconds."""
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapters.data.example import Example
-from adapters.training.muon import Muon
+from adapters.training.byte_bpe import train_byte_bpe
+from adapters.training.pretraining import PretrainSettings, pretrain
 
 EOS = "<|end|>"
 NEWLINE = "\n"
@@ -47,21 +46,11 @@ class BaseRecipe:
 
 def train_tokenizer(examples: Sequence[Example], vocab_size: int, context_tokens: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE over references and meaning representations, with one special token: the end of a text."""
-    tokenizer = Tokenizer(models.BPE())
-    # Split ahead of BPE as GPT-2 does; no prefix space, so that decode(encode(text)) == text.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     # A completion follows its prompt after a space: count each sentence's first word with a space and without.
     refs = (text for e in examples for ref in e.completions for text in (ref, " " + ref))
     mrs = (text for e in examples for text in (e.prompt, " " + e.prompt))
-    tokenizer.train_from_iterator(itertools.chain(refs, mrs), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens)
+    bpe = train_byte_bpe(itertools.chain(refs, mrs), vocab_size, [EOS])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS, model_max_length=context_tokens)
 
 
 def documents(examples: Sequence[Example], rng: random.Random) -> Iterator[str]:
@@ -113,46 +102,20 @@ def train_base(
     """
     tokenizer = train_tokenizer(train, recipe.vocab_size, recipe.context_tokens)
     model = new_model(recipe, tokenizer)
-    optimizers = new_optimizers(model, recipe)
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            optimizer.param_groups[0]["lr"],
-            total_steps=recipe.steps,
-            pct_start=recipe.warmup_share,
-            cycle_momentum=False,
-        )
-        for optimizer in optimizers
-    ]
     stream = blocks(train, tokenizer, recipe.block_tokens, recipe.seed)
     dev_blocks = torch.stack(list(itertools.islice(blocks(dev, tokenizer, recipe.block_tokens, 0), 32)))
-    model.train()
-    progress = tqdm(range(recipe.steps), desc="base", mininterval=2)
-    for step in progress:
-        batch = torch.stack(list(itertools.islice(stream, recipe.batch_blocks)))
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        for schedule in schedules:
-            schedule.step()
-        model.zero_grad(set_to_none=True)
-        if step % 50 == 49:
-            dev_loss = packed_loss(model, dev_blocks)
-            progress.write(f"step {step + 1}: loss {loss.item():.3f} training, {dev_loss:.3f} dev")
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+    batches = (torch.stack(list(itertools.islice(stream, recipe.batch_blocks))) for _ in itertools.count())
+    settings = PretrainSettings(
+        recipe.steps, recipe.warmup_share, recipe.matrix_learning_rate, recipe.learning_rate, recipe.weight_decay
+    )
+    pretrain(
+        model,
+        batches,
+        lambda batch: model(input_ids=batch, labels=batch).loss,
+        lambda: packed_loss(model, dev_blocks),
+        settings,
+    )
     return model, tokenizer, packed_loss(model, dev_blocks)
-
-
-def new_optimizers(model: LlamaForCausalLM, recipe: BaseRecipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    rest = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim == 1)]
-    return [
-        Muon(matrices, recipe.matrix_learning_rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(rest, recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from adapters.checkpoint import QUALITY_FILE, read_peft, write_peft
 from adapters.demo import ARTIFACTS, BASE_NAME
 from adapters.demo.base import BaseRecipe, save_base, train_base
-from adapters.demo.stock_lora import train_stock_lora
 from adapters.demo.tasks import DYLORA, E2E, LORA_ALPHA, R_MAX, AdapterName, settings_of, task_of
 from adapters.errors import AdapterError
 from adapters.evaluation.attach import AttachedAdapter
@@ -34,6 +33,7 @@ from adapters.evaluation.measurement import measure as measure_ranks
 from adapters.evaluation.report import report_of
 from adapters.quality import QualityProfile
 from adapters.training.encoding import encode
+from adapters.training.stock_lora import train_stock_lora
 from adapters.training.trainer import train_dylora
 
 SHOWN_RANKS = (1, 2, 4, 8, 16)

@@ -1,0 +1,118 @@
+"""The two bases of our own, trained from nothing on the texts at hand: `python -m adapters.paper.bases --help`.
+
+`causal` is a Llama of 11 million parameters, `encoder` a RoBERTa of 3.5 million. Neither sees a task: meanings and
+sentences come apart, and no label is read.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.errors import AdapterError
+from adapters.paper.causal_base import causal_pretraining
+from adapters.paper.corpus import Corpus, read_corpus
+from adapters.paper.encoder_base import encoder_pretraining
+from adapters.paper.pretrained import BaseRecipe, Pretraining
+from adapters.training.pretraining import PretrainSettings, pretrain
+
+HELD_OUT_BATCHES = 8
+
+
+class BaseName(StrEnum):
+    """The folders that the bases are written to."""
+
+    CAUSAL = "causal"
+    ENCODER = "encoder"
+
+
+PRETRAININGS: dict[BaseName, Callable[[Corpus, BaseRecipe], Pretraining[Any]]] = {
+    BaseName.CAUSAL: causal_pretraining,
+    BaseName.ENCODER: encoder_pretraining,
+}
+
+RECIPES = {
+    BaseName.CAUSAL: BaseRecipe(
+        PretrainSettings(steps=360, checkpoint_steps=20),
+        hidden_size=320,
+        intermediate_size=864,
+        layers=8,
+        heads=5,
+        max_tokens=512,
+        row_tokens=256,
+        batch_tokens=4096,
+    ),
+    BaseName.ENCODER: BaseRecipe(
+        PretrainSettings(steps=1200, checkpoint_steps=50),
+        hidden_size=192,
+        intermediate_size=768,
+        layers=6,
+        heads=3,
+        max_tokens=128,
+        row_tokens=128,
+        batch_tokens=4096,
+    ),
+}
+
+
+def make_base(name: BaseName, corpus: Corpus, folder: Path, recipe: BaseRecipe) -> None:
+    """Train one base and write it to `folder`, in fp32; goes on from a checkpoint there, and does nothing where all is done."""
+    if (folder / "model.safetensors").exists():
+        return
+    pretraining = PRETRAININGS[name](corpus, recipe)
+    held_out = list(itertools.islice(pretraining.batches(corpus.held_out, 0), HELD_OUT_BATCHES))
+    checkpoint = folder / "checkpoint.safetensors"
+    pretrain(
+        pretraining.model,
+        pretraining.batches(corpus.groups, recipe.seed),
+        pretraining.loss,
+        lambda: _mean_loss(pretraining, held_out),
+        recipe.settings,
+        checkpoint,
+        label=name,
+    )
+    loss = _mean_loss(pretraining, held_out)
+    print(f"{name}: {pretraining.model.num_parameters():,} parameters, {loss:.3f} nats per held-out token", file=sys.stderr)
+    pretraining.tokenizer.save_pretrained(folder)
+    pretraining.model.save_pretrained(folder)
+    checkpoint.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _mean_loss(pretraining: Pretraining[Any], batches: Sequence[Any]) -> float:
+    pretraining.model.eval()
+    losses = [pretraining.loss(batch).item() for batch in batches]
+    pretraining.model.train()
+    return sum(losses) / len(losses)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is missing; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="adapters.paper.bases", description="Pretrain the bases of our own.")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the corpora, as adapters.paper reads them")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="one folder is made here for each base")
+    parser.add_argument("--only", type=BaseName, choices=list(BaseName), help="default: both, one after the other")
+    parser.add_argument("--steps", type=int, help="training steps, to try it out")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    try:
+        corpus = read_corpus(options.data)
+    except AdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name in [options.only] if options.only else BaseName:
+        recipe = RECIPES[name]
+        if options.steps is not None:
+            recipe = replace(recipe, settings=replace(recipe.settings, steps=options.steps))
+        make_base(name, corpus, options.out / name, recipe)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

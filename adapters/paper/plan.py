@@ -1,0 +1,296 @@
+"""Which runs make the evidence: every task, method, rank and seed, with all settings. Pure; nothing here imports torch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from adapters.training.dylora import ALL_LINEAR, DyLoRAConfig, RankDistribution, UpdateRule
+from adapters.training.settings import OptimizerName, SchedulerName, TrainSettings
+
+R_MAX = 8
+RANKS = tuple(range(1, R_MAX + 1))
+ALPHA = 16.0
+SEEDS = (0, 1, 2)
+
+
+class Base(StrEnum):
+    """The models that are adapted."""
+
+    STORIES = "stories260K"
+    """A genuine Llama of 260,032 parameters, pretrained on TinyStories; given by the user."""
+    CAUSAL = "causal"
+    """Our Llama of 11 million; `adapters.paper.bases`."""
+    ENCODER = "encoder"
+    """Our masked-LM encoder; `adapters.paper.bases`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained and measured on what.
+
+    Attributes:
+        name: as `--only` takes it.
+        data: the format of both files.
+        train, dev: files under the data folder.
+        settings: of one ordinary LoRA run; every method starts from them.
+        targets: modules that are adapted.
+        max_tokens: pairs that are longer are left out of both files, labelled texts cut.
+        train_sample: completions, or labelled texts, to train on, drawn once for all runs; None takes all.
+        dev_sample: the same for measuring the loss.
+        prompts: development prompts to complete for the metric; 0 where the metric needs no text.
+        max_new_tokens: of a completion.
+        metric: besides the loss.
+    """
+
+    name: str
+    base: Base
+    data: str
+    train: str
+    dev: str
+    settings: TrainSettings
+    metric: str
+    max_tokens: int
+    targets: tuple[str, ...] | str = ALL_LINEAR
+    train_sample: int | None = None
+    dev_sample: int | None = None
+    prompts: int = 0
+    max_new_tokens: int = 0
+
+
+def _settings(steps: int, batch: int, learning_rate: float) -> TrainSettings:
+    return TrainSettings(
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=learning_rate,
+        warmup_steps=50,
+        lr_scheduler_type=SchedulerName.COSINE,
+        save_steps=0,
+        disable_tqdm=True,
+    )
+
+
+def _e2e(base: Base, settings: TrainSettings, max_tokens: int, max_new_tokens: int) -> Task:
+    return Task(
+        name=f"e2e-{base.lower()}",
+        base=base,
+        data="e2e",
+        train="e2e/trainset.csv",
+        dev="e2e/devset.csv",
+        settings=settings,
+        metric="BLEU",
+        max_tokens=max_tokens,
+        train_sample=20_000,
+        dev_sample=400,
+        prompts=100,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _webnlg(base: Base, settings: TrainSettings, max_tokens: int, max_new_tokens: int) -> Task:
+    return replace(
+        _e2e(base, settings, max_tokens, max_new_tokens),
+        name=f"webnlg-{base.lower()}",
+        data="webnlg",
+        train="webnlg2017/train.json",
+        dev="webnlg2017/dev.json",
+        train_sample=None,
+    )
+
+
+def _glue(name: str, folder: str, metric: str, steps: int, max_tokens: int = 64) -> Task:
+    return Task(
+        name=name,
+        base=Base.ENCODER,
+        data=name,
+        train=f"glue/{folder}/train.tsv",
+        dev=f"glue/{folder}/dev.tsv",
+        settings=_settings(steps, 32, GLUE_LEARNING_RATE),
+        metric=metric,
+        max_tokens=max_tokens,
+        targets=("query", "value"),
+    )
+
+
+GLUE_LEARNING_RATE = 4e-3
+
+TASKS: tuple[Task, ...] = (
+    _e2e(Base.STORIES, _settings(600, 16, 5e-3), max_tokens=384, max_new_tokens=160),
+    _glue("sst2", "SST-2", "accuracy", steps=400),
+    _glue("cola", "CoLA", "Matthews correlation", steps=400),
+    _glue("mrpc", "MRPC", "accuracy", steps=340),
+    _glue("rte", "RTE", "accuracy", steps=230, max_tokens=128),
+    _webnlg(Base.STORIES, _settings(600, 8, 5e-3), max_tokens=384, max_new_tokens=224),
+    _e2e(Base.CAUSAL, _settings(300, 16, 2e-3), max_tokens=384, max_new_tokens=80),
+    _webnlg(Base.CAUSAL, _settings(300, 16, 2e-3), max_tokens=384, max_new_tokens=120),
+)
+"""In the order in which they are run: each is complete before the next begins."""
+
+LORA = "lora"
+LORA_BEST_OPTIMISER = "lora-best-optimiser"
+
+
+@dataclass(frozen=True)
+class Nested:
+    """One way to train a nested adapter.
+
+    Attributes:
+        name: the method's.
+        config: alpha, r_max and targets are the task's, whatever stands here.
+        optim: what moves the factors.
+        learning_rate: the task's unless given.
+        steps_factor: optimiser steps, in those of one ordinary LoRA run.
+        idea: what it tries, in a few words, for the page.
+    """
+
+    name: str
+    config: DyLoRAConfig = DyLoRAConfig()  # noqa: RUF009  frozen
+    optim: OptimizerName = OptimizerName.ADAMW
+    learning_rate: float | None = None
+    steps_factor: float = 1.0
+    idea: str = ""
+
+
+PAPER_METHODS: tuple[Nested, ...] = (
+    Nested("dylora-full", idea="the paper's method: uniform ranks, all of rows 1..b updated"),
+    Nested("dylora-frozen", DyLoRAConfig(update=UpdateRule.FROZEN), OptimizerName.ROW_ADAMW, idea="only row b updated"),
+    Nested(
+        "dylora-geometric",
+        DyLoRAConfig(distribution=RankDistribution.GEOMETRIC, geometric_p=0.15),
+        idea="as full, ranks drawn geometrically (p = 0.15)",
+    ),
+)
+
+BEST = Nested("best", DyLoRAConfig(rslora=True), OptimizerName.ROW_ADAMW, idea="to be filled in from the exploration")
+"""Ours. The one place that says what it is."""
+
+IDEAS: tuple[Nested, ...] = (
+    Nested("idea-rslora", DyLoRAConfig(rslora=True), idea="scale alpha / sqrt(b) in the place of alpha / b"),
+    Nested("idea-sandwich", DyLoRAConfig(sandwich=True), idea="every step at full rank too, the loss being the mean"),
+    Nested("idea-row-adamw", optim=OptimizerName.ROW_ADAMW, idea="rows without a gradient keep their value and momentum"),
+    Nested(
+        "idea-full-rank-weighted",
+        DyLoRAConfig(distribution=RankDistribution.WEIGHTS, weights=(1.0,) * (R_MAX - 1) + (4.0,)),
+        idea="full rank drawn four times as often as any other",
+    ),
+    Nested("idea-muon", optim=OptimizerName.MUON, idea="Muon in the place of AdamW"),
+    Nested("idea-twice-the-steps", steps_factor=2.0, idea="plain DyLoRA for the cost of two LoRA runs"),
+)
+"""Tried on IDEAS_TASK alone; each is reported, working or not."""
+IDEAS_TASK = TASKS[0].name
+
+TRIAL_FACTORS = (0.4, 1.0, 2.5)
+"""Of the task's learning rate: what `--trials` gives an ordinary LoRA of rank r_max, on the first seed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with all that is measured on it.
+
+    Attributes:
+        method: a name; what the tables group by.
+        rank: of an ordinary LoRA; None for a nested adapter.
+        config: of a nested adapter; None for an ordinary LoRA.
+    """
+
+    task: Task
+    method: str
+    seed: int
+    settings: TrainSettings
+    rank: int | None = None
+    config: DyLoRAConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """Stable and unique: `e2e-stories260k/lora-r8/seed0`."""
+        rank = "" if self.rank is None else f"-r{self.rank}"
+        return f"{self.task.name}/{self.method}{rank}/seed{self.seed}"
+
+    def described(self) -> dict[str, Any]:
+        """All that decides the result, as JSON has it: a result made under another description is not this run's."""
+        task = {key: value for key, value in asdict(self.task).items() if key != "settings"}
+        config = None if self.config is None else asdict(self.config)
+        described: dict[str, Any] = _as_json({"task": task, "train": asdict(self.settings), "adapter": config})
+        return described
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(each) for key, each in value.items()}
+    if isinstance(value, str):
+        return str(value)
+    return [_as_json(each) for each in value] if isinstance(value, Sequence) else value
+
+
+def plan(
+    tasks: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    max_steps: int | None = None,
+    ideas: bool = True,
+    trials: bool = False,
+) -> tuple[Run, ...]:
+    """Every run, in order: task by task, seed by seed, what the comparison can't do without first.
+
+    Args:
+        tasks: names; all unless given.
+        max_steps: cut every run to so many steps, to try the recipe out.
+        ideas: the IDEAS as well, after the first task's other runs.
+        trials: only the learning-rate trials.
+    """
+    runs: list[Run] = []
+    for task in TASKS:
+        if tasks and task.name not in tasks:
+            continue
+        if trials:
+            runs += _trials(task, seeds[0])
+            continue
+        for seed in seeds:
+            runs += _comparison(task, seed)
+        if ideas and task.name == IDEAS_TASK:
+            runs += [nested_run(task, idea, seed) for seed in seeds for idea in IDEAS]
+    return tuple(run if max_steps is None else _cut(run, max_steps) for run in runs)
+
+
+def _comparison(task: Task, seed: int) -> Iterator[Run]:
+    yield lora_run(task, R_MAX, seed)
+    yield from (nested_run(task, nested, seed) for nested in (PAPER_METHODS[0], BEST, *PAPER_METHODS[1:]))
+    yield from (lora_run(task, rank, seed) for rank in RANKS[:-1])
+    if BEST.optim is OptimizerName.MUON:
+        # The same optimiser for both sides, so that nesting alone is compared. The powers of two will do.
+        optimiser = replace(task.settings, optim=BEST.optim, learning_rate=BEST.learning_rate or task.settings.learning_rate)
+        for rank in (1, 2, 4, 8):
+            yield replace(lora_run(task, rank, seed), method=LORA_BEST_OPTIMISER, settings=replace(optimiser, seed=seed))
+
+
+def _trials(task: Task, seed: int) -> Iterator[Run]:
+    for factor in TRIAL_FACTORS:
+        run = lora_run(task, R_MAX, seed)
+        rate = float(f"{task.settings.learning_rate * factor:.2g}")
+        yield replace(run, method=f"{LORA}-lr{rate:g}", settings=replace(run.settings, learning_rate=rate))
+
+
+def lora_run(task: Task, rank: int, seed: int) -> Run:
+    """An ordinary LoRA of one rank, by stock PEFT."""
+    return Run(task, LORA, seed, replace(task.settings, seed=seed), rank=rank)
+
+
+def nested_run(task: Task, nested: Nested, seed: int) -> Run:
+    """A nested adapter of ranks 1..r_max."""
+    steps = task.settings.max_steps
+    assert steps is not None  # every task states its steps
+    settings = replace(
+        task.settings,
+        seed=seed,
+        optim=nested.optim,
+        learning_rate=nested.learning_rate or task.settings.learning_rate,
+        max_steps=round(steps * nested.steps_factor),
+    )
+    config = replace(nested.config, r_max=R_MAX, alpha=ALPHA, targets=task.targets)
+    return Run(task, nested.name, seed, settings, config=config)
+
+
+def _cut(run: Run, max_steps: int) -> Run:
+    steps = min(max_steps, run.settings.max_steps or max_steps)
+    return replace(
+        run, settings=replace(run.settings, max_steps=steps, warmup_steps=min(run.settings.warmup_steps, steps // 2))
+    )
