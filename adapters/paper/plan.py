@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from adapters.training.dylora import ALL_LINEAR, DyLoRAConfig, RankDistribution, UpdateRule
+from adapters.training.dylora import ALL_LINEAR, DyLoRAConfig, RankDistribution, RankPer, UpdateRule
 from adapters.training.settings import OptimizerName, SchedulerName, TrainSettings
 
 R_MAX = 8
@@ -161,11 +161,22 @@ PAPER_METHODS: tuple[Nested, ...] = (
     ),
 )
 
-BEST = Nested("best", DyLoRAConfig(rslora=True), OptimizerName.ROW_ADAMW, idea="to be filled in from the exploration")
+BEST = Nested(
+    "best",
+    DyLoRAConfig(
+        rslora=True,
+        rank_per=RankPer.ROW,
+        distribution=RankDistribution.WEIGHTS,
+        weights=(1.0, 0.9, 0.55, 0.45, 0.4, 0.4, 0.4, 0.6),
+    ),
+    steps_factor=2.0,
+    idea="each row of the batch has its own rank, low ranks and the full one weighted, scale alpha / sqrt(b), twice the steps",
+)
 """Ours. The one place that says what it is."""
 
 IDEAS: tuple[Nested, ...] = (
     Nested("idea-rslora", DyLoRAConfig(rslora=True), idea="scale alpha / sqrt(b) in the place of alpha / b"),
+    Nested("idea-rows", DyLoRAConfig(rank_per=RankPer.ROW), idea="each row of the batch has its own rank, uniformly"),
     Nested("idea-sandwich", DyLoRAConfig(sandwich=True), idea="every step at full rank too, the loss being the mean"),
     Nested("idea-row-adamw", optim=OptimizerName.ROW_ADAMW, idea="rows without a gradient keep their value and momentum"),
     Nested(
