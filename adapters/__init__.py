@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adapters.commands.evaluate import evaluate
     from adapters.commands.export import export
     from adapters.commands.inspect import inspect
+    from adapters.commands.train import train
     from adapters.config import AdapterConfig, AdapterKind
     from adapters.errors import AdapterError, DataError, IllegalRank, InvalidAdapter
     from adapters.inspection import Inspection
@@ -45,6 +46,7 @@ __all__ = [
     "inspect",
     "read_peft",
     "renest",
+    "train",
     "write_peft",
 ]
 
@@ -55,6 +57,7 @@ _HOMES = {
     "adapters.commands.evaluate": ("evaluate",),
     "adapters.commands.export": ("export",),
     "adapters.commands.inspect": ("inspect",),
+    "adapters.commands.train": ("train",),
     "adapters.config": ("AdapterConfig", "AdapterKind"),
     "adapters.errors": ("AdapterError", "DataError", "IllegalRank", "InvalidAdapter"),
     "adapters.inspection": ("Inspection",),
