@@ -1,7 +1,7 @@
 """Nested low-rank adapters: train once, use at every rank up to r_max.
 
-The commands of `dylora` as functions (`train`, `evaluate`, `inspect`, `convert`, `export`) and the nouns that they speak
-of. A name's module is imported when the name is first used, so that `import adapters` waits for nothing.
+The commands of `dylora` as functions (`train`, `evaluate`, `inspect`, `convert`, `export`) and the nouns that they speak of.
+A name's module is imported when the name is first used, so that `import adapters` waits for nothing.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adapters.commands.inspect import inspect
     from adapters.commands.train import train
     from adapters.config import AdapterConfig, AdapterKind
-    from adapters.errors import AdapterError, DataError, IllegalRank, InvalidAdapter
+    from adapters.errors import AdapterError, DataError, IllegalRank, InvalidAdapter, TrainingError
     from adapters.inspection import Inspection
     from adapters.nesting import at_rank, energy_per_rank, export_rank, first_columns, renest
     from adapters.quality import Metric, QualityProfile
@@ -35,6 +35,7 @@ __all__ = [
     "LowRank",
     "Metric",
     "QualityProfile",
+    "TrainingError",
     "at_rank",
     "convert",
     "describe_peft",
@@ -59,7 +60,7 @@ _HOMES = {
     "adapters.commands.inspect": ("inspect",),
     "adapters.commands.train": ("train",),
     "adapters.config": ("AdapterConfig", "AdapterKind"),
-    "adapters.errors": ("AdapterError", "DataError", "IllegalRank", "InvalidAdapter"),
+    "adapters.errors": ("AdapterError", "DataError", "IllegalRank", "InvalidAdapter", "TrainingError"),
     "adapters.inspection": ("Inspection",),
     "adapters.nesting": ("at_rank", "energy_per_rank", "export_rank", "first_columns", "renest"),
     "adapters.quality": ("Metric", "QualityProfile"),
