@@ -300,6 +300,7 @@ class Engine:
                 self._end(ticket, Failed(ticket.request.request_id, EngineFailed(f"the step failed: {error}")))
             return
         self._scheduler.commit(batch)
+        self._publish()  # before anyone hears of a token, who may look at the counts at once
         now = time.monotonic()
         sampling = [ticket for ticket, chunk in zip(tickets, batch.chunks, strict=True) if chunk.samples]
         for ticket, choice in zip(sampling, chosen, strict=True):
