@@ -51,6 +51,9 @@ def export_merged(adapter: Adapter, rank: int, base: str, folder: Path, dtype: t
     adapter.config.check_rank(rank)
     model = load_base(base, adapter)
     check_fits(model, adapter)
+    if adapter.config.labels:
+        model.config.id2label = dict(enumerate(adapter.config.labels))
+        model.config.label2id = {label: i for i, label in enumerate(adapter.config.labels)}
     dtypes = {name: tensor.dtype for name, tensor in _numbers(model)}
     usual_dtype = model.dtype
     for _, tensor in _numbers(model):

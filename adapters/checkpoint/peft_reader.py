@@ -185,6 +185,7 @@ def _adapter_config(fields: PeftFields, inventory: Inventory) -> AdapterConfig:
         rslora=fields.use_rslora if kind is AdapterKind.DYLORA else False,
         ranks=block.ranks if block else (),
         base_model=fields.base_model,
+        labels=block.labels if block else (),
     )
 
 
