@@ -53,6 +53,13 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 class SettingsError(Exception):
     """A setting that is unknown or has an illegal value; one line per offender."""
 
@@ -131,6 +138,7 @@ class Settings(BaseSettings):
     metrics_max_adapters: Count = Field(100, description="adapters with metric labels of their own; others share one")
     drain_timeout_s: float = Field(30, ge=0, allow_inf_nan=False, description="seconds that SIGTERM waits for requests")
     log_level: LogLevel = Field(LogLevel.INFO, description="least severe messages that are written")
+    log_format: LogFormat = Field(LogFormat.TEXT, description="how they are written: one line of text, or of JSON, each")
 
     @field_validator("policies", mode="before")
     @classmethod
