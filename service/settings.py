@@ -83,6 +83,7 @@ class Settings(BaseSettings):
     )
     api_keys: SecretStr | None = Field(None, description="the same JSON itself, in place of a file")
     allow_open: bool = Field(False, description="serve without API keys also where other machines can reach the server")
+    allow_open_demo: bool = Field(False, description="the same for the demo model alone, as the Docker image has it")
 
     adapters_dir: Path = Field(
         default_factory=lambda data: _default_store(data.get("model", DEMO_MODEL)),
@@ -174,7 +175,8 @@ class Settings(BaseSettings):
     def _only_loopback_is_open(self) -> "Settings":
         if self.api_keys_file is not None and self.api_keys is not None:
             raise ValueError("api_keys_file and api_keys are both given; give one of the two")
-        if not (self.api_keys_file or self.api_keys or self.allow_open or _is_loopback(self.host)):
+        is_open = self.allow_open or (self.allow_open_demo and self.model == DEMO_MODEL)
+        if not (self.api_keys_file or self.api_keys or is_open or _is_loopback(self.host)):
             raise ValueError(
                 f"host ({variable('host')}): others can reach {self.host!r}, and there are no API keys. Give"
                 f" --api-keys-file ({variable('api_keys_file')}; `dylora keys new` makes a key), listen on 127.0.0.1, or say"
