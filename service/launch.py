@@ -1,8 +1,10 @@
 """Puts a server together from its settings, and runs it."""
 
+import sys
 from collections.abc import Callable
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from adapters.limits import CheckpointLimits
 from adapters.store.store import AdapterStore
@@ -27,16 +29,18 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
         SettingsError: the adapters' folder or the API keys can't be used.
         AdapterError: another process owns it.
     """
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.log_format)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # it would be a line of the log
     tenants = Tenants.of(settings)
     if tenants.is_open:
-        log.logger.info("%s", "no API keys: everybody who can connect may do everything " + log.pairs(host=settings.host))
+        log.logger.info(log.entry("no API keys: everybody who can connect may do everything", host=settings.host))
     with _open_store(settings) as store:
         metrics = Metrics(settings.metrics_max_adapters)
-        log.logger.info("%s", "loading model " + log.pairs(model=settings.model))
+        log.logger.info(log.entry("loading model", model=settings.model))
         engine = make_engine(settings, metrics)
-        facts = log.pairs(parameters=engine.model.parameters, device=engine.model.device, dtype=engine.model.dtype)
-        log.logger.info("%s", "model loaded " + facts)
+        model = engine.model
+        log.logger.info(log.entry("model loaded", parameters=model.parameters, device=model.device, dtype=model.dtype))
         if settings.demo_adapters and settings.model == DEMO_MODEL:
             demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
         app = create_app(settings, engine, store, metrics, tenants)

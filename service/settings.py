@@ -53,6 +53,13 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 class SettingsError(Exception):
     """A setting that is unknown or has an illegal value; one line per offender."""
 
@@ -76,6 +83,7 @@ class Settings(BaseSettings):
     )
     api_keys: SecretStr | None = Field(None, description="the same JSON itself, in place of a file")
     allow_open: bool = Field(False, description="serve without API keys also where other machines can reach the server")
+    allow_open_demo: bool = Field(False, description="the same for the demo model alone, as the Docker image has it")
 
     adapters_dir: Path = Field(
         default_factory=lambda data: _default_store(data.get("model", DEMO_MODEL)),
@@ -131,6 +139,7 @@ class Settings(BaseSettings):
     metrics_max_adapters: Count = Field(100, description="adapters with metric labels of their own; others share one")
     drain_timeout_s: float = Field(30, ge=0, allow_inf_nan=False, description="seconds that SIGTERM waits for requests")
     log_level: LogLevel = Field(LogLevel.INFO, description="least severe messages that are written")
+    log_format: LogFormat = Field(LogFormat.TEXT, description="how they are written: one line of text, or of JSON, each")
 
     @field_validator("policies", mode="before")
     @classmethod
@@ -166,7 +175,8 @@ class Settings(BaseSettings):
     def _only_loopback_is_open(self) -> "Settings":
         if self.api_keys_file is not None and self.api_keys is not None:
             raise ValueError("api_keys_file and api_keys are both given; give one of the two")
-        if not (self.api_keys_file or self.api_keys or self.allow_open or _is_loopback(self.host)):
+        is_open = self.allow_open or (self.allow_open_demo and self.model == DEMO_MODEL)
+        if not (self.api_keys_file or self.api_keys or is_open or _is_loopback(self.host)):
             raise ValueError(
                 f"host ({variable('host')}): others can reach {self.host!r}, and there are no API keys. Give"
                 f" --api-keys-file ({variable('api_keys_file')}; `dylora keys new` makes a key), listen on 127.0.0.1, or say"

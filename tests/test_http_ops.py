@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.http.schemas import CompatRequest, GenerateParameters
-from service.log import logger, pairs
+from service.log import logger
 from tests.http_harness import Server, in_process
 
 
@@ -82,11 +82,6 @@ def test_the_openapi_document_has_every_field_and_route(server: Server) -> None:
     }
 
 
-def test_a_log_line_can_not_be_forged() -> None:
-    line = pairs(a="x y=1\nz", b=None, c=0.5, d='"')
-    assert line == 'a="x y=1\\nz" c=0.5000 d="\\""'
-
-
 def test_requests_are_logged_once_without_their_text(tmp_path: Path, service_log: pytest.LogCaptureFixture) -> None:
     with in_process(tmp_path) as server:
         text = server.generate("the secret prompt", adapter_id="demo", rank=2, headers={"X-Request-Id": "abc"}).json()
@@ -95,3 +90,16 @@ def test_requests_are_logged_once_without_their_text(tmp_path: Path, service_log
     assert "adapter=demo rank=2 mode=merged prompt_tokens=17 generated_tokens=20" in lines[0]
     assert "secret" not in service_log.text
     assert text["generated_text"] not in service_log.text
+
+
+def test_a_request_that_the_engine_did_not_get_has_a_line_too(tmp_path: Path, service_log: pytest.LogCaptureFixture) -> None:
+    with in_process(tmp_path) as server:
+        server.generate("the secret prompt", adapter_id="nobody", headers={"X-Request-Id": "a"})
+        server.client.get("/adapters?q=secret", headers={"X-Request-Id": "b"})
+        server.client.get("/ready", headers={"X-Request-Id": "c"})
+    lines = [record.getMessage() for record in service_log.records if "answered" in record.getMessage()]
+    assert re.sub(r" seconds=[\d.]+", "", "\n".join(lines)).splitlines() == [
+        "answered request_id=a status=404 error_type=adapter_not_found method=POST path=/generate",
+        "answered request_id=b status=200 method=GET path=/adapters",
+    ]
+    assert "secret" not in service_log.text

@@ -21,10 +21,11 @@ from service.http.metrics import Metrics
 from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
 from service.http.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
 from service.http.registry import AdapterRegistry, ServedAdapter
+from service.http.request_log import RequestLog
 from service.http.services import Services
 from service.http.tenants import Tenants
 from service.http.validation_text import describe, first_field, known_fields
-from service.log import logger, pairs
+from service.log import entry, logger
 from service.settings import Settings
 from service.version import VERSION
 
@@ -65,6 +66,7 @@ def create_app(
     # The last one added is the outermost: whoever has no key is told so before a byte of the body is read.
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, tenants=tenants)
+    app.add_middleware(RequestLog)
     app.add_middleware(RequestIds)
     return app
 
@@ -86,14 +88,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _load(services: Services) -> None:
     try:
         services.registry.load_all(_log_loaded, services.draining.is_set)
-    except Exception:
+    except Exception as error:
         # /ready stays 503 and names no adapter as served: an operator sees it there and here.
-        logger.exception("loading the stored adapters failed")
+        logger.exception(entry("loading the stored adapters failed", error=error))
 
 
 def _log_loaded(served: ServedAdapter, done: int, of: int) -> None:
-    line = pairs(adapter=served.name, done=done, of=of, state=served.state, problem=served.problem)
-    (logger.warning if served.problem else logger.info)("%s", "adapter loaded " + line)
+    line = entry("adapter loaded", adapter=served.name, done=done, of=of, state=served.state, problem=served.problem)
+    (logger.warning if served.problem else logger.info)(line)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
@@ -123,7 +125,7 @@ async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     request_id = request.state.request_id
-    logger.error("%s", "bug " + pairs(request_id=request_id, path=request.url.path, error=type(error).__name__))
+    logger.error(entry("bug", request_id=request_id, path=request.url.path, error=type(error).__name__))
     message = f"internal error; the server's log has it under {request_id}"
     # Outside the middleware that adds the id to every other answer.
     return refuse(request.scope, ErrorKind(500, "internal"), message, {REQUEST_ID_HEADER: request_id})

@@ -24,6 +24,7 @@ def refuse(
         param: the field that is to blame, where there is one.
     """
     services: Services = scope["app"].state.services
+    scope.setdefault("state", {})["error_type"] = kind.type  # for the log
     if kind.status != NOBODY_TO_ANSWER:
         services.metrics.error_answered(kind.type)
     is_generating = scope["method"] == "POST" and scope["path"] in GENERATING_PATHS

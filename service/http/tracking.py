@@ -7,7 +7,7 @@ from service.core import Aborted, Event, Failed, Finished, TokenEvent
 from service.errors import DeadlinePassed, SlowReader
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
-from service.log import logger, pairs
+from service.log import entry, logger
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class RequestTracker:
         request = self._request
         self._metrics.ended(request.adapter, request.rank, self._mode, outcome)
         self._metrics.tokens(prompt=request.prompt_tokens, generated=self._tokens)
-        line = pairs(
+        line = entry(
+            "request",
             request_id=request.request_id,
             outcome=outcome,
             key=request.key or None,
@@ -81,4 +82,4 @@ class RequestTracker:
             seconds=time.perf_counter() - self._started_at,
             error=error,
         )
-        (logger.error if outcome == "failed" else logger.info)("%s", "request " + line)
+        (logger.error if outcome == "failed" else logger.info)(line)

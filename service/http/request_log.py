@@ -1,0 +1,63 @@
+"""One line for each request: what was asked and how it was answered, never what was said.
+
+A request that the engine has taken has its line at its terminal event (tracking.py); all others have theirs here.
+"""
+
+import logging
+from asyncio import get_running_loop
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.http.auth import PROBE_PATHS
+from service.http.refusals import NOBODY_TO_ANSWER
+from service.log import entry, logger
+
+_ROUTINE_PATHS = (*PROBE_PATHS, "/metrics")
+"""Asked every few seconds: told at level debug."""
+_MAX_PATH = 200
+
+
+class RequestLog:
+    """Logs a request when its answer has been sent."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = NOBODY_TO_ANSWER
+
+        async def send_noting_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting_status)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            if not scope["state"].get("is_submitted"):
+                _log(scope, status)
+
+
+def _log(scope: Scope, status: int) -> None:
+    state = scope["state"]
+    is_routine = scope["path"] in _ROUTINE_PATHS and status < 400
+    caller = state.get("caller")
+    line = entry(
+        "answered",
+        request_id=state["request_id"],
+        status=status,
+        error_type=state.get("error_type"),
+        key=caller.name or None if caller else None,
+        method=scope["method"],
+        path=scope["path"][:_MAX_PATH],  # without the query
+        seconds=get_running_loop().time() - state["arrived_at"],
+    )
+    logger.log(logging.DEBUG if is_routine else logging.INFO, line)
