@@ -90,6 +90,7 @@ class Settings(BaseSettings):
         description="folder of the adapter store, created if absent; unset: one for each model in the user's data folder",
     )
     demo_adapters: bool = Field(True, description="put the demo's adapters into an empty store (demo model only)")
+    lora_load_dir: Path | None = Field(None, description="folder that /v1/load_lora_adapter may load from; unset: it refuses")
     max_adapter_bytes: Bytes = Field(ByteSize(512 * MIB), description="largest adapter that may be uploaded")
     max_adapters: Count = Field(1000, description="most adapters in the store")
     max_store_bytes: Bytes = Field(ByteSize(16384 * MIB), description="most bytes of all adapters in the store")

@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -5,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from service.http.openai.schemas import ChatRequest, CompletionRequest
+from service.http.routes_quality import CalibrationRequest
+from service.http.routes_vllm import LoadRequest
 from service.http.schemas import CompatRequest, GenerateParameters
 from service.log import logger
 from tests.http_harness import Server, in_process
@@ -40,6 +44,8 @@ def test_the_playground_needs_nothing_from_elsewhere(server: Server) -> None:
 def test_info_has_the_facts_clients_look_for(server: Server) -> None:
     info = server.client.get("/info").json()
     assert (info["model_id"], info["model_dtype"], info["max_total_tokens"]) == ("fake", "float32", 512)
+    assert (info["max_input_tokens"], info["max_best_of"], info["max_stop_sequences"]) == (511, 16, 16)
+    assert info["model_pipeline_tag"] == "text-generation"
     assert (info["policies"], info["default_policy"]) == (["budget", "max", "quality"], "quality")
 
 
@@ -67,7 +73,10 @@ def test_the_openapi_document_has_every_field_and_route(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     assert set(schemas["GenerateParameters"]["properties"]) == set(GenerateParameters.model_fields)
-    assert set(schemas["CompatRequest"]["properties"]) == set(CompatRequest.model_fields)
+    for model in (CompatRequest, CompletionRequest, ChatRequest, LoadRequest, CalibrationRequest):
+        assert set(schemas[model.__name__]["properties"]) == set(model.model_fields)
+    assert set(re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document))) <= set(schemas)
+    assert json.dumps(document).count('"$ref"') == json.dumps(document).count('"$ref": "#/components/schemas/')
     assert {path: sorted(methods) for path, methods in document["paths"].items()} == {
         "/": ["post"],
         "/generate": ["post"],
@@ -79,6 +88,15 @@ def test_the_openapi_document_has_every_field_and_route(server: Server) -> None:
         "/adapters": ["get"],
         "/adapters/{name}": ["delete", "get", "put"],
         "/adapters/{name}/export": ["get"],
+        "/adapters/{name}/tradeoff": ["get"],
+        "/adapters/{name}/calibration": ["post"],
+        "/adapters/{name}/calibration/{job}": ["get"],
+        "/v1/completions": ["post"],
+        "/v1/chat/completions": ["post"],
+        "/v1/models": ["get"],
+        "/v1/models/{name}": ["get"],
+        "/v1/load_lora_adapter": ["post"],
+        "/v1/unload_lora_adapter": ["post"],
         "/health": ["get"],
         "/ready": ["get"],
         "/info": ["get"],

@@ -14,8 +14,9 @@ from adapters.errors import AdapterError
 from adapters.store.store import AdapterStore
 from service.core import EngineProtocol
 from service.errors import ServiceError
-from service.http import routes_adapters, routes_generate, routes_openai, routes_ops
+from service.http import routes_adapters, routes_generate, routes_openai, routes_ops, routes_quality, routes_vllm
 from service.http.auth import Authentication
+from service.http.calibration import Calibrations
 from service.http.error_table import ErrorKind
 from service.http.metrics import Metrics
 from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
@@ -45,7 +46,7 @@ def create_app(
     """
     tenants = tenants or Tenants.of(settings)
     registry = AdapterRegistry(store, engine, metrics)
-    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants)
+    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, Calibrations(engine, registry))
     metrics.watch(engine.stats, registry.counts)
     app = FastAPI(
         title="dylora-serve",
@@ -55,8 +56,8 @@ def create_app(
         redoc_url=None,
     )
     app.state.services = services
-    for router in (routes_generate.router, routes_openai.router, routes_adapters.router, routes_ops.router):
-        app.include_router(router)
+    for routes in (routes_generate, routes_openai, routes_vllm, routes_adapters, routes_quality, routes_ops):
+        app.include_router(routes.router)
     app.add_exception_handler(ServiceError, _on_error)
     app.add_exception_handler(AdapterError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -81,6 +82,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         services.draining.set()
+        await services.calibrations.stop()
         await asyncio.to_thread(services.engine.stop)
         await loading
 

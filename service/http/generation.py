@@ -4,13 +4,15 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
-from service.core import EngineProtocol, GenerationRequest, SamplingParams
+from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.arrival import Arrival
 from service.http.fan_out import FanOut, sequence_seed
+from service.http.latencies import Latencies
 from service.http.registry import ServedAdapter
 from service.http.selection import Selection, select
 from service.http.services import Services
@@ -24,7 +26,8 @@ _SUBMIT_TRIES = 3
 """How often a name is looked up again when its version was unloaded between look-up and submit."""
 
 _tokenizer_thread = CapacityLimiter(1)
-# Off the event loop, because a long prompt takes long; one at a time, because fast tokenizers are not re-entrant.
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     deadline = arrival.deadline(settings.request_timeout_s)
     selection = select(task.adapter, task.rank, task.policy, arrival.headers, caller.default_adapter, field=task.adapter_field)
     _choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
-    prompts = await to_thread.run_sync(task.encode, services.engine, limiter=_tokenizer_thread)
+    prompts = await tokenizing(task.encode, services.engine)
     limits = TokenLimits.of(settings, services.engine.model)
     asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
     deadline.check()
@@ -104,9 +107,25 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     return Submitted(sequences, prompts, tuple(sampling for _, sampling in asked), adapter, decision)
 
 
-async def decode(engine: EngineProtocol, ids: Sequence[int]) -> str:
-    """The text of some tokens, off the event loop."""
-    return await to_thread.run_sync(engine.decode, ids, limiter=_tokenizer_thread)
+async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol) -> Made:
+    """What needs the engine's tokenizer, off the event loop, because a long text takes long; one at a time, because fast
+    tokenizers are not re-entrant.
+    """
+    return await to_thread.run_sync(work, engine, limiter=_tokenizer_thread)
+
+
+def _remembering(on_event: EventSink, latencies: Latencies, request: TrackedRequest) -> EventSink:
+    """Also remember how long a request of an adapter took."""
+    adapter = request.adapter
+    if adapter is None:
+        return on_event
+
+    def hear(event: Event) -> None:
+        on_event(event)
+        if isinstance(event, Finished):
+            latencies.add(adapter, request.rank, event.usage)
+
+    return hear
 
 
 def _choose(services: Services, selection: Selection, caller: ApiKey) -> tuple[ServedAdapter | None, RankDecision | None]:
@@ -147,5 +166,6 @@ def _fan_out(
         )
         tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
         request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice)
-        streams.append(EventStream(services.engine, request, tracker.on_event, max_unread, arrived))
+        on_event = _remembering(tracker.on_event, services.latencies, tracked)
+        streams.append(EventStream(services.engine, request, on_event, max_unread, arrived))
     return FanOut(streams, arrived)

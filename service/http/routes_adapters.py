@@ -1,25 +1,23 @@
 """The adapters: list, upload, replace, delete, export."""
 
 from contextlib import ExitStack
-from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from starlette import types
 
 from service.errors import InvalidRequest
+from service.http import changes
 from service.http.adapter_schemas import AdapterOut, entry_of
-from service.http.routes_common import TheCaller, TheServices, errors, needs
+from service.http.routes_common import AdapterName, TheCaller, TheServices, errors, needs
 from service.http.uploads import receive_upload
 from service.keys import Scope
 
 router = APIRouter(prefix="/adapters", tags=["adapters"], responses=errors(401, 403, 429))
 _READ = [needs(Scope.ADAPTERS_READ)]
 _WRITE = [needs(Scope.ADAPTERS_WRITE)]
-
-Name = Annotated[str, Path(description="The adapter's name: letters, digits, '.', '_', '-'.", max_length=256)]
 
 _UPLOAD_BODY: dict[str, Any] = {
     "required": True,
@@ -48,7 +46,7 @@ async def list_adapters(services: TheServices, caller: TheCaller) -> list[Adapte
 
 
 @router.get("/{name}", response_model=AdapterOut, dependencies=_READ, responses=errors(404, 422, 503))
-async def get_adapter(name: Name, services: TheServices, caller: TheCaller) -> AdapterOut:
+async def get_adapter(name: AdapterName, services: TheServices, caller: TheCaller) -> AdapterOut:
     """One adapter."""
     return entry_of(services.registry.get(name, caller.name))
 
@@ -61,7 +59,7 @@ async def get_adapter(name: Name, services: TheServices, caller: TheCaller) -> A
     openapi_extra={"requestBody": _UPLOAD_BODY},
 )
 async def put_adapter(
-    name: Name,
+    name: AdapterName,
     request: Request,
     response: Response,
     services: TheServices,
@@ -87,22 +85,20 @@ async def put_adapter(
         if None not in (renest, in_form) and renest != in_form:
             raise InvalidRequest("renest", f"{renest} in the query contradicts {in_form} in the form; give one")
         wants_renest = next((each for each in (renest, in_form) if each is not None), True)
-        served, is_new = await to_thread.run_sync(partial(registry.put, name, files, renest=wants_renest, owner=owner))
+        served, is_new = await changes.put_adapter(services, name, files, renest=wants_renest, owner=owner)
     response.status_code = 201 if is_new else 200
     return entry_of(served)
 
 
 @router.delete("/{name}", status_code=204, dependencies=_WRITE, responses=errors(404, 409, 422, 503))
-async def delete_adapter(name: Name, services: TheServices, caller: TheCaller) -> None:
+async def delete_adapter(name: AdapterName, services: TheServices, caller: TheCaller) -> None:
     """Delete an adapter. Requests in flight keep it until they end."""
-    services.check_accepting()
-    with services.registry.writing(name, caller.name):
-        await to_thread.run_sync(services.registry.delete, name, caller.name)
+    await changes.delete_adapter(services, name, caller.name)
 
 
 @router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 422, 503))
 async def export_adapter(
-    name: Name,
+    name: AdapterName,
     services: TheServices,
     caller: TheCaller,
     rank: Annotated[int | None, Query(ge=1, description="Rank to export; the largest unless given.")] = None,

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Security, params
+from fastapi import Depends, Path, Request, Security, params
 from fastapi.security import HTTPBearer
 
 from service.http.arrival import Arrival
@@ -24,6 +24,9 @@ TheServices = Annotated[Services, Depends(_services)]
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the server has keys.")
 """For the OpenAPI document only: the middleware has looked at the key by then."""
+
+
+AdapterName = Annotated[str, Path(description="The adapter's name: letters, digits, '.', '_', '-'.", max_length=256)]
 
 
 def _caller(request: Request) -> ApiKey:

@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
+from pydantic import BaseModel
 
 from service.http.generation import Submitted
 from service.http.openai.answer_schemas import ChatChunk, ChatCompletion, Completion, CompletionChunk, Model, ModelList
@@ -26,10 +27,23 @@ router = APIRouter(
 _GENERATING = openai_errors(404, 408, 413, 422, 503, 504)
 
 
-def _or_stream(chunk: type) -> dict[int | str, dict[str, Any]]:
+def _or_stream(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The answer is the route's response_model, or a stream of these."""
-    schema = {"$ref": f"#/components/schemas/{chunk.__name__}"}
+    schema = chunk.model_json_schema(mode="serialization")
+    schema = _inlined(schema, schema.pop("$defs"))  # FastAPI has a place for the schema of one kind of answer only
     return {200: {"content": {"text/event-stream": {"schema": schema}}, "description": "Whole, or as a stream of chunks."}}
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A schema with its definitions in the places of the references to them."""
+    match schema:
+        case {"$ref": str(reference)}:
+            return _inlined(definitions[reference.rpartition("/")[2]], definitions)
+        case dict():
+            return {name: _inlined(part, definitions) for name, part in schema.items()}
+        case list():
+            return [_inlined(part, definitions) for part in schema]
+    return schema
 
 
 @router.post("/completions", response_model=Completion, responses={**_or_stream(CompletionChunk), **_GENERATING})

@@ -53,6 +53,8 @@ def rank_wish(value: object) -> object:
 
 
 Text = Annotated[str, Field(strict=True), AfterValidator(whole_text)]
+PlainText = Annotated[str, Field(strict=True), AfterValidator(encodable)]
+"""A text that may be empty."""
 Name = Annotated[str, Field(strict=True, max_length=256)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Rank = Annotated[

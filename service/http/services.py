@@ -6,6 +6,8 @@ from threading import Event
 
 from service.core import EngineProtocol
 from service.errors import Draining
+from service.http.calibration import Calibrations
+from service.http.latencies import Latencies
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
 from service.http.registry import AdapterRegistry
@@ -24,6 +26,8 @@ class Services:
     metrics: Metrics
     policies: PolicyBook
     tenants: Tenants
+    calibrations: Calibrations
+    latencies: Latencies = field(default_factory=Latencies)
     drain_rate: DrainRate = field(default_factory=DrainRate)
     """How fast generations end, for Retry-After."""
     started_at: int = field(default_factory=lambda: int(time.time()))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from service.core import EngineProtocol, Finished, FinishReason
 from service.core import Usage as EngineUsage
-from service.http.generation import Submitted, decode
+from service.http.generation import Submitted, tokenizing
 from service.http.openai.answer_schemas import (
     AnswerMessage,
     ChatChoice,
@@ -59,10 +59,14 @@ async def prompt_texts(submitted: Submitted, body: CompletionRequest, engine: En
     """What `echo` puts before the choices of each prompt; "" without it."""
     if not body.echo:
         return [""] * len(submitted.prompts)
-    return [
-        prompt if isinstance(prompt, str) and body.truncate_prompt_tokens is None else await decode(engine, ids)
-        for prompt, ids in zip(body.prompt, submitted.prompts, strict=True)
-    ]
+
+    def texts(engine: EngineProtocol) -> list[str]:
+        return [
+            prompt if isinstance(prompt, str) and body.truncate_prompt_tokens is None else engine.decode(ids)
+            for prompt, ids in zip(body.prompt, submitted.prompts, strict=True)
+        ]
+
+    return await tokenizing(texts, engine)
 
 
 def total_usage(submitted: Submitted, ends: Sequence[Finished], *, tells_tokens: bool = True) -> EngineUsage:

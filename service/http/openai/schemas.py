@@ -21,13 +21,13 @@ from service.http.schemas import (
     Finite,
     Name,
     Penalty,
+    PlainText,
     PositiveInt,
     Rank,
     StopTokens,
     Switch,
     Text,
     checked_temperature,
-    encodable,
     whole_text,
 )
 
@@ -96,7 +96,6 @@ Stops = Annotated[
     BeforeValidator(_stops),
     WithJsonSchema(_STOPS_SCHEMA),
 ]
-PlainText = Annotated[str, Field(strict=True), AfterValidator(encodable)]
 Label = Annotated[str, Field(strict=True, max_length=512)]
 TrueUnlessFalse = Annotated[StrictBool, BeforeValidator(lambda value: True if value is None else value)]
 """A boolean for which clients may send null, and which is on where they do."""
