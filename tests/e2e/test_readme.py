@@ -47,6 +47,21 @@ def test_a_block_of_the_library_runs(language: str, block: str, tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_block_for_openais_client_runs(demo: ServerProcess, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(from openai.*?)```", README, re.DOTALL)
+    script = block.replace("localhost:8000", f"127.0.0.1:{demo.port}")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines() if line[:1].isdigit()][:3] == ["1", "16", "0"]
+
+
+def test_every_route_is_documented(demo: ServerProcess) -> None:
+    paths = httpx.get(f"{demo.url}/openapi.json").raise_for_status().json()["paths"]
+    named = [re.sub(r"\\{\w+\\}", r"[\\w{}-]+", re.escape(path)) for path in paths]
+    assert len(named) > 15
+    assert [path for path in named if not re.search(rf"{path}(?![\w/])", README)] == []
+
+
 def test_the_two_answers_are_what_the_demo_says(demo: ServerProcess) -> None:
     assert len(CURL_BLOCKS) == 2
     assert README.count(PROMPT) == 2
