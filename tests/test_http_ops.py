@@ -78,7 +78,7 @@ def test_the_openapi_document_has_every_field_and_route(server: Server) -> None:
     assert set(re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document))) <= set(schemas)
     assert json.dumps(document).count('"$ref"') == json.dumps(document).count('"$ref": "#/components/schemas/')
     assert {path: sorted(methods) for path, methods in document["paths"].items()} == {
-        "/": ["post"],
+        "/": ["get", "post"],
         "/generate": ["post"],
         "/generate_stream": ["post"],
         "/v1/completions": ["post"],

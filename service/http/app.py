@@ -1,6 +1,7 @@
 """The HTTP application: routes, errors and life cycle around one engine and one store."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -116,9 +117,20 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 400:
         # FastAPI's word for a body that Python's JSON reader gives up on: not UTF-8, or nested too deep.
         return refuse(request.scope, ErrorKind(422, "validation"), "body: not JSON: not UTF-8, or nested too deep")
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
     types = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
     kind = ErrorKind(error.status_code, types.get(error.status_code, "validation"))
-    return refuse(request.scope, kind, str(error.detail), error.headers)
+    return refuse(request.scope, kind, str(error.detail), headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of a path; a router knows those of one of its routes only."""
+    paths = request.app.openapi()["paths"]
+    matches = (re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), request.url.path) for path in paths)
+    found = (methods for match, methods in zip(matches, paths.values(), strict=True) if match)
+    return sorted({method.upper() for methods in found for method in methods})
 
 
 async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:

@@ -8,7 +8,7 @@ from service.http import answers
 from service.http.generate_task import generate_task
 from service.http.generation import Submitted
 from service.http.routes_answering import answer_streamed, answer_whole
-from service.http.routes_common import TheServices, errors, needs
+from service.http.routes_common import TheServices, errors, event_stream, needs
 from service.http.schemas import CompatRequest, GenerateRequest, GenerateResponse, StreamResponse
 from service.http.served import WholeAnswer
 from service.http.services import Services
@@ -27,13 +27,22 @@ async def generate(body: GenerateRequest, request: Request, services: TheService
     return await _whole(body, request, services, is_wrapped=False)
 
 
-@router.post("/generate_stream", response_model=StreamResponse, response_class=StreamingResponse)
+@router.post(
+    "/generate_stream",
+    response_model=StreamResponse,
+    response_class=StreamingResponse,
+    responses=event_stream("Server-sent events, each a StreamResponse."),
+)
 async def generate_stream(body: GenerateRequest, request: Request, services: TheServices) -> Response:
     """Generate a text and send every token as it is made, as server-sent events."""
     return await _streamed(body, request, services)
 
 
-@router.post("/", response_model=list[GenerateResponse])
+@router.post(
+    "/",
+    response_model=list[GenerateResponse],
+    responses=event_stream("Whole; with stream, server-sent events, as of /generate_stream."),
+)
 async def generate_compat(body: CompatRequest, request: Request, services: TheServices) -> Response:
     """Either of the two by `stream`; a whole answer is wrapped in a list, as Hugging Face's inference API has it."""
     if body.stream:

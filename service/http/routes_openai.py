@@ -1,12 +1,11 @@
 """POST /v1/completions and /v1/chat/completions, GET /v1/models: what OpenAI's clients and vLLM's speak."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel
 
 from service.http.generation import Submitted
-from service.http.openai.answer_schemas import ChatChunk, ChatCompletion, Completion, CompletionChunk, Model, ModelList
+from service.http.openai.answer_schemas import ChatCompletion, Completion, Model, ModelList
 from service.http.openai.answers import collect_chat, collect_completion
 from service.http.openai.heading import Heading
 from service.http.openai.models import find_model, list_models
@@ -14,7 +13,7 @@ from service.http.openai.schemas import ChatRequest, CompletionRequest
 from service.http.openai.streams import stream_chat, stream_completion
 from service.http.openai.tasks import chat_task, completion_task
 from service.http.routes_answering import answer_streamed, answer_whole
-from service.http.routes_common import TheCaller, TheServices, needs, openai_errors
+from service.http.routes_common import TheCaller, TheServices, event_stream, needs, openai_errors
 from service.http.served import WholeAnswer
 from service.keys import Scope
 
@@ -27,26 +26,10 @@ router = APIRouter(
 _GENERATING = openai_errors(404, 408, 413, 422, 503, 504)
 
 
-def _or_stream(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The answer is the route's response_model, or a stream of these."""
-    schema = chunk.model_json_schema(mode="serialization")
-    schema = _inlined(schema, schema.pop("$defs"))  # FastAPI has a place for the schema of one kind of answer only
-    return {200: {"content": {"text/event-stream": {"schema": schema}}, "description": "Whole, or as a stream of chunks."}}
+_OR_STREAM = event_stream("Whole; with stream, server-sent events, each OpenAI's chunk object, and [DONE] as the last.")
 
 
-def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
-    """A schema with its definitions in the places of the references to them."""
-    match schema:
-        case {"$ref": str(reference)}:
-            return _inlined(definitions[reference.rpartition("/")[2]], definitions)
-        case dict():
-            return {name: _inlined(part, definitions) for name, part in schema.items()}
-        case list():
-            return [_inlined(part, definitions) for part in schema]
-    return schema
-
-
-@router.post("/completions", response_model=Completion, responses={**_or_stream(CompletionChunk), **_GENERATING})
+@router.post("/completions", response_model=Completion, responses={**_OR_STREAM, **_GENERATING})
 async def completions(body: CompletionRequest, request: Request, services: TheServices) -> Response:
     """Go on from prompts, as OpenAI's completions do."""
     task = completion_task(body, services.engine.model.name)
@@ -68,7 +51,7 @@ async def completions(body: CompletionRequest, request: Request, services: TheSe
     return await answer_whole(request, services, task, collect)
 
 
-@router.post("/chat/completions", response_model=ChatCompletion, responses={**_or_stream(ChatChunk), **_GENERATING})
+@router.post("/chat/completions", response_model=ChatCompletion, responses={**_OR_STREAM, **_GENERATING})
 async def chat_completions(body: ChatRequest, request: Request, services: TheServices) -> Response:
     """Go on with a conversation, through the model's chat template."""
     task = chat_task(body, services.engine.model.name)

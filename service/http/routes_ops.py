@@ -7,11 +7,11 @@ from functools import lru_cache
 from importlib import resources
 
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.http.routes_common import TheServices, errors, needs
+from service.http.routes_common import TheServices, errors, needs, plain_text
 from service.http.schemas import MAX_BEST_OF, MAX_STOPS
 from service.keys import Scope
 from service.version import VERSION
@@ -46,7 +46,7 @@ class Info(BaseModel):
     version: str
 
 
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+@router.get("/", response_class=HTMLResponse)
 async def playground() -> HTMLResponse:
     """A page to try ranks on."""
     html, policy = _page()
@@ -92,7 +92,12 @@ async def info(services: TheServices) -> Info:
     )
 
 
-@router.get("/metrics", response_class=PlainTextResponse, dependencies=[needs(Scope.METRICS)], responses=errors(401, 403, 429))
+@router.get(
+    "/metrics",
+    response_model=None,
+    dependencies=[needs(Scope.METRICS)],
+    responses={**plain_text("Prometheus' text format."), **errors(401, 403, 429)},
+)
 def metrics(services: TheServices) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -12,7 +12,7 @@ from service.errors import InvalidRequest
 from service.http.changes import delete_adapter, put_adapter
 from service.http.load_folder import copy_from
 from service.http.not_served import NotServed
-from service.http.routes_common import TheCaller, TheServices, needs, openai_errors
+from service.http.routes_common import ADAPTER_NAME, NAME_SCHEMA, TheCaller, TheServices, needs, openai_errors, plain_text
 from service.http.schemas import Name, Switch, Text
 from service.keys import Scope
 
@@ -20,9 +20,12 @@ router = APIRouter(
     prefix="/v1",
     tags=["vllm"],
     dependencies=[needs(Scope.ADAPTERS_WRITE)],
-    default_response_class=PlainTextResponse,
     responses=openai_errors(401, 403, 404, 408, 409, 413, 422, 429, 503, 507),
 )
+
+_DONE = plain_text("What vLLM says.")
+
+LoraName = Annotated[Name, Field(description=ADAPTER_NAME, json_schema_extra=NAME_SCHEMA)]
 
 
 class LoadRequest(BaseModel):
@@ -32,7 +35,7 @@ class LoadRequest(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"lora_name": "mine", "lora_path": "mine-checkpoint"}]}
     )
 
-    lora_name: Name = Field(description="The adapter's name: letters, digits, '.', '_', '-'.")
+    lora_name: LoraName
     lora_path: Annotated[Text, Field(max_length=4096)] = Field(
         description="A folder inside the server's lora_load_dir, relative to it or absolute."
     )
@@ -45,12 +48,12 @@ class UnloadRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"lora_name": "mine"}]})
 
-    lora_name: Name
+    lora_name: LoraName
     lora_int_id: Annotated[Any, NotServed()] = None
 
 
-@router.post("/load_lora_adapter")
-async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: TheCaller) -> str:
+@router.post("/load_lora_adapter", response_model=None, responses=_DONE)
+async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: TheCaller) -> PlainTextResponse:
     """Copy an adapter from a folder of the server's own disk into its store, and serve it. Off unless lora_load_dir is set."""
     services.check_accepting()
     registry, settings, name = services.registry, services.settings, body.lora_name
@@ -63,11 +66,11 @@ async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: Th
         copy = partial(copy_from, settings.lora_load_dir, body.lora_path, folder, max_bytes=settings.max_adapter_bytes)
         await to_thread.run_sync(copy)
         await put_adapter(services, name, folder, owner=owner)
-    return f"Success: LoRA adapter '{name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter")
-async def unload_lora_adapter(body: UnloadRequest, services: TheServices, caller: TheCaller) -> str:
+@router.post("/unload_lora_adapter", response_model=None, responses=_DONE)
+async def unload_lora_adapter(body: UnloadRequest, services: TheServices, caller: TheCaller) -> PlainTextResponse:
     """Delete an adapter, as DELETE /adapters/{id} does."""
     await delete_adapter(services, body.lora_name, caller.name)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

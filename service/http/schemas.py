@@ -2,7 +2,18 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StrictBool,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from service.core import FinishReason, Mode
 from service.http.not_served import LATENCY_INSTEAD, NotServed
@@ -52,7 +63,14 @@ def rank_wish(value: object) -> object:
     raise ValueError('legal: an integer of at least 1, "max", "auto"')
 
 
-Text = Annotated[str, Field(strict=True), AfterValidator(whole_text)]
+class OrNull:
+    """Metadata of a type whose validator takes null as well, so that the OpenAPI document says so."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [handler(schema), {"type": "null"}]}
+
+
+Text = Annotated[str, Field(strict=True, json_schema_extra={"minLength": 1}), AfterValidator(whole_text)]
 PlainText = Annotated[str, Field(strict=True), AfterValidator(encodable)]
 """A text that may be empty."""
 Name = Annotated[str, Field(strict=True, max_length=256)]
@@ -67,6 +85,7 @@ Stops = Annotated[
     list[Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]],
     Field(max_length=MAX_STOPS),
     BeforeValidator(lambda value: [] if value is None else value),
+    OrNull(),
 ]
 Alternatives = Annotated[int, Field(strict=True, ge=0, le=MAX_ALTERNATIVES)]
 Penalty = Annotated[Finite, Field(ge=-2, le=2)]
@@ -75,14 +94,24 @@ Biases = Annotated[
     dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASED_TOKENS),
     BeforeValidator(lambda value: {} if value is None else value),
+    OrNull(),
 ]
 StopTokens = Annotated[
     list[Annotated[TokenId, Field(strict=True)]],
     Field(max_length=MAX_STOP_TOKENS),
     BeforeValidator(lambda value: [] if value is None else value),
+    OrNull(),
 ]
-Switch = Annotated[StrictBool, BeforeValidator(lambda value: False if value is None else value)]
+Switch = Annotated[StrictBool, BeforeValidator(lambda value: False if value is None else value), OrNull()]
 """A boolean for which clients may send null."""
+OnSwitch = Annotated[StrictBool, BeforeValidator(lambda value: True if value is None else value), OrNull()]
+"""One that is on where they do."""
+Temperature = Annotated[
+    Finite,
+    Field(ge=0, le=100),
+    AfterValidator(checked_temperature),
+    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 100}]}),
+]
 
 
 class GenerateParameters(BaseModel):
@@ -99,9 +128,7 @@ class GenerateParameters(BaseModel):
     rank_policy: Name | None = Field(None, description="Policy that chooses the rank, by its name in the server.")
     max_new_tokens: PositiveInt | None = Field(None, description="Most new tokens; 20 unless given.")
     do_sample: Switch = Field(False, description="Draw tokens instead of taking the most probable one.")
-    temperature: Annotated[Finite, Field(ge=0, le=100), AfterValidator(checked_temperature)] | None = Field(
-        None, description="Divides the logits; 0 is greedy."
-    )
+    temperature: Temperature | None = Field(None, description="Divides the logits; 0 is greedy.")
     top_k: PositiveInt | None = Field(None, description="Draw among this many most probable tokens.")
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
         None, description="Draw among the fewest tokens that have this probability together."
@@ -130,7 +157,7 @@ class GenerateParameters(BaseModel):
     )
     stop: Stops = Field(default_factory=list, description="Generation ends after any of these; it is kept in the text.")
     stop_token_ids: StopTokens = Field(default_factory=list, description="Generation ends after any of these tokens.")
-    include_stop_str_in_output: Annotated[StrictBool, BeforeValidator(lambda value: True if value is None else value)] = Field(
+    include_stop_str_in_output: OnSwitch = Field(
         True, description="Keep the stop text in the answer. If false, no part of it is told, in streams neither."
     )
     min_new_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = Field(
@@ -194,7 +221,7 @@ class GenerateRequest(BaseModel):
     )
 
     inputs: Text = Field(description="The prompt.")
-    parameters: Annotated[GenerateParameters, BeforeValidator(lambda value: {} if value is None else value)] = Field(
+    parameters: Annotated[GenerateParameters, BeforeValidator(lambda value: {} if value is None else value), OrNull()] = Field(
         default_factory=lambda: GenerateParameters.model_validate({})
     )
 

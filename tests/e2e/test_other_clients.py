@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import httpx
 import pytest
 
 from loadtests.server_process import ServerProcess
+from tests.e2e.own_environment import own_environment
 from tests.e2e.tiny_server import Client
 
 SCRIPTS = Path(__file__).parent / "clients"
@@ -44,8 +44,4 @@ def test_hugging_faces_client(url: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", OWN_ENVIRONMENT)
 def test_a_client_with_an_environment_of_its_own(script: str, url: str, tmp_path: Path) -> None:
-    venv.create(tmp_path, with_pip=True)
-    python = tmp_path / "bin" / "python"
-    package = OWN_ENVIRONMENT[script]
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package], check=True)
-    run(python, script, url)
+    run(own_environment(tmp_path, OWN_ENVIRONMENT[script]), script, url)

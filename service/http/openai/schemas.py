@@ -3,13 +3,11 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
-    StrictBool,
     WithJsonSchema,
 )
 
@@ -20,14 +18,15 @@ from service.http.schemas import (
     Biases,
     Finite,
     Name,
+    OnSwitch,
     Penalty,
     PlainText,
     PositiveInt,
     Rank,
     StopTokens,
     Switch,
+    Temperature,
     Text,
-    checked_temperature,
     whole_text,
 )
 
@@ -97,8 +96,6 @@ Stops = Annotated[
     WithJsonSchema(_STOPS_SCHEMA),
 ]
 Label = Annotated[str, Field(strict=True, max_length=512)]
-TrueUnlessFalse = Annotated[StrictBool, BeforeValidator(lambda value: True if value is None else value)]
-"""A boolean for which clients may send null, and which is on where they do."""
 
 
 class StreamOptions(BaseModel):
@@ -133,9 +130,7 @@ class OpenAIRequest(BaseModel):
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES)] | None = Field(
         None, description="Draw this many answers, each a choice."
     )
-    temperature: Annotated[Finite, Field(ge=0, le=100), AfterValidator(checked_temperature)] | None = Field(
-        None, description="Divides the logits; 0 is greedy. 1 unless given."
-    )
+    temperature: Temperature | None = Field(None, description="Divides the logits; 0 is greedy. 1 unless given.")
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
         None, description="Draw among the fewest tokens that have this probability together."
     )
@@ -230,7 +225,7 @@ class CompletionRequest(OpenAIRequest):
         "stream only as many as `n`.",
     )
     suffix: Annotated[Any, NotServed("")] = None
-    add_special_tokens: TrueUnlessFalse = Field(
+    add_special_tokens: OnSwitch = Field(
         True, description="vLLM: with what the tokenizer puts around a text (a beginning of sequence, say)."
     )
 
@@ -304,7 +299,7 @@ class ChatRequest(OpenAIRequest):
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_ALTERNATIVES)] | None = Field(
         None, description="With logprobs: tell this many most probable tokens at every place."
     )
-    add_generation_prompt: TrueUnlessFalse = Field(True, description="vLLM: with the opening of the assistant's answer.")
+    add_generation_prompt: OnSwitch = Field(True, description="vLLM: with the opening of the assistant's answer.")
     continue_final_message: Switch = Field(
         False, description="vLLM: go on from the last message; add_generation_prompt must then be false."
     )
