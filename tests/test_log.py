@@ -10,7 +10,6 @@ import pytest
 from service.log import configure, entry, logger
 from service.settings import LogFormat, LogLevel
 
-
 SECRET = "a secret prompt"
 
 

@@ -70,7 +70,8 @@ async def submit(services: Services, body: GenerateRequest, arrival: Arrival) ->
         choice = adapter.choice(decision.rank) if adapter and decision else None
         rank = decision.rank if decision else 0
         name = adapter.name if adapter else None
-        tracked = TrackedRequest(arrival.request_id, name, rank, len(prompt_ids), caller.name)
+        reason = decision.reason if decision else None
+        tracked = TrackedRequest(arrival.request_id, name, rank, len(prompt_ids), caller.name, reason)
         max_unread = settings.max_unread_tokens if arrival.is_streamed else None
         sequences = FanOut(
             [

@@ -10,9 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.auth import PROBE_PATHS
 from service.http.refusals import NOBODY_TO_ANSWER
+from service.http.tracing import current_trace
 from service.log import entry, logger
 
-_ROUTINE_PATHS = (*PROBE_PATHS, "/metrics")
+ROUTINE_PATHS = (*PROBE_PATHS, "/metrics")
 """Asked every few seconds: told at level debug."""
 _MAX_PATH = 200
 
@@ -48,8 +49,9 @@ class RequestLog:
 
 def _log(scope: Scope, status: int) -> None:
     state = scope["state"]
-    is_routine = scope["path"] in _ROUTINE_PATHS and status < 400
+    is_routine = scope["path"] in ROUTINE_PATHS and status < 400
     caller = state.get("caller")
+    trace = current_trace()
     line = entry(
         "answered",
         request_id=state["request_id"],
@@ -58,6 +60,7 @@ def _log(scope: Scope, status: int) -> None:
         key=caller.name or None if caller else None,
         method=scope["method"],
         path=scope["path"][:_MAX_PATH],  # without the query
+        trace_id=trace.trace_id if trace else None,
         seconds=get_running_loop().time() - state["arrived_at"],
     )
     logger.log(logging.DEBUG if is_routine else logging.INFO, line)
