@@ -48,9 +48,9 @@ class Stack:
 def stack(podman: Podman, server_image: str, prometheus_image: str) -> Iterator[Stack]:
     server_port, prometheus_port = free_port(), free_port()
     environment = {
-        "DYLORA_IMAGE": server_image,
+        "SERVER_IMAGE": server_image,
         "PROMETHEUS_IMAGE": prometheus_image,
-        "DYLORA_PUBLISHED_PORT": str(server_port),
+        "SERVER_PUBLISHED_PORT": str(server_port),
         "PROMETHEUS_PUBLISHED_PORT": str(prometheus_port),
     }
     podman.compose(COMPOSE, "up", "--detach", "--no-build", "server", "prometheus", environment=environment)
