@@ -14,7 +14,7 @@ from adapters.errors import AdapterError
 from adapters.store.store import AdapterStore
 from service.core import EngineProtocol
 from service.errors import ServiceError
-from service.http import routes_adapters, routes_generate, routes_ops
+from service.http import routes_adapters, routes_generate, routes_openai, routes_ops
 from service.http.auth import Authentication
 from service.http.error_table import ErrorKind
 from service.http.metrics import Metrics
@@ -26,7 +26,7 @@ from service.http.request_spans import RequestSpans
 from service.http.services import Services
 from service.http.tenants import Tenants
 from service.http.tracing import Tracing
-from service.http.validation_text import describe
+from service.http.validation_text import describe, first_field, known_fields
 from service.log import entry, logger
 from service.settings import Settings
 from service.version import VERSION
@@ -63,7 +63,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.services = services
-    for router in (routes_generate.router, routes_adapters.router, routes_ops.router):
+    for router in (routes_generate.router, routes_openai.router, routes_adapters.router, routes_ops.router):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _on_error)
     app.add_exception_handler(AdapterError, _on_error)
@@ -114,7 +114,9 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return refuse(request.scope, ErrorKind(422, "validation"), describe(error.errors()))
+    findings = error.errors()
+    known = known_fields(request.url.path)
+    return refuse(request.scope, ErrorKind(422, "validation"), describe(findings, known), param=first_field(findings))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,22 +1,24 @@
-"""From a checked body to a request that the engine has taken. Knows no HTTP; every generating route comes here."""
+"""From a task to a request that the engine has taken. Knows neither HTTP nor schemas; every generating route comes here."""
 
+import asyncio
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from anyio import CapacityLimiter, to_thread
 
-from service.core import GenerationRequest, SamplingParams
+from service.core import EngineProtocol, GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.arrival import Arrival
 from service.http.fan_out import FanOut, sequence_seed
 from service.http.registry import ServedAdapter
-from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
 from service.http.selection import Selection, select
 from service.http.services import Services
 from service.http.stream import EventStream
+from service.http.token_limits import TokenLimits
 from service.http.tracking import RequestTracker, TrackedRequest
 from service.keys import ApiKey
-from service.rank_policy import RankDecision, decide
+from service.rank_policy import RankDecision, RankWish, decide
 
 _SUBMIT_TRIES = 3
 """How often a name is looked up again when its version was unloaded between look-up and submit."""
@@ -26,28 +28,49 @@ _tokenizer_thread = CapacityLimiter(1)
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a request asks for, whatever schema it came in.
+
+    Attributes:
+        adapter, rank, policy: as the body names them; `select` joins them with the headers.
+        encode: token ids of each prompt. Called in a thread.
+        sampling: what the engine is to be told of a prompt of so many tokens. Raises InvalidRequest.
+        copies: how many sequences to make of each prompt.
+        adapter_field, copies_field: what the schema calls them, for errors; how_to_sample: what it takes to draw tokens.
+    """
+
+    adapter: str | None
+    rank: RankWish
+    policy: str | None
+    encode: Callable[[EngineProtocol], tuple[tuple[int, ...], ...]]
+    sampling: Callable[[int, TokenLimits], SamplingParams]
+    copies: int = 1
+    adapter_field: str = "adapter_id"
+    copies_field: str = "best_of"
+    how_to_sample: str = "do_sample"
+
+
+@dataclass(frozen=True)
 class Submitted:
     """A request that the engine has taken, as one or several sequences.
 
     Attributes:
+        sequences: those of the first prompt, then those of the second, and so on.
+        prompts: token ids of each prompt.
+        samplings: what the engine was told of each sequence; the first one's seed is drawn here unless given.
         adapter: what serves it, None for the base model.
         decision: its rank, None for the base model.
-        samplings: what the engine was told of each sequence; the first one's seed is drawn here unless given.
     """
 
     sequences: FanOut
+    prompts: tuple[tuple[int, ...], ...]
     samplings: tuple[SamplingParams, ...]
     adapter: ServedAdapter | None
     decision: RankDecision | None
 
-    @property
-    def events(self) -> EventStream:
-        """Those of the first sequence."""
-        return self.sequences.streams[0]
 
-
-async def submit(services: Services, body: GenerateRequest, arrival: Arrival) -> Submitted:
-    """Check, tokenise, choose the rank and hand over. Whoever gets the result must close its sequences.
+async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
+    """Tokenise, check, choose the rank and hand over. Whoever gets the result must close its sequences.
 
     The engine gets request ids of our own, which no client can repeat.
 
@@ -57,33 +80,17 @@ async def submit(services: Services, body: GenerateRequest, arrival: Arrival) ->
         DeadlinePassed: too late already.
     """
     services.check_accepting()
-    parameters, caller, settings = body.parameters, arrival.caller, services.settings
+    caller, settings = arrival.caller, services.settings
     deadline = arrival.deadline(settings.request_timeout_s)
-    selection = select(parameters.adapter_id, parameters.rank, parameters.rank_policy, arrival.headers, caller.default_adapter)
+    selection = select(task.adapter, task.rank, task.policy, arrival.headers, caller.default_adapter, field=task.adapter_field)
     _choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
-    prompt_ids = await to_thread.run_sync(services.engine.encode, body.inputs, limiter=_tokenizer_thread)
-    prompt_ids = prompt_ids[-parameters.truncate :] if parameters.truncate else prompt_ids
-    samplings = _sequences(_sampling(services, parameters, len(prompt_ids)), parameters.best_of or 1)
+    prompts = await to_thread.run_sync(task.encode, services.engine, limiter=_tokenizer_thread)
+    limits = TokenLimits.of(settings, services.engine.model)
+    asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
     deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):
         adapter, decision = _choose(services, selection, caller)
-        choice = adapter.choice(decision.rank) if adapter and decision else None
-        rank = decision.rank if decision else 0
-        name = adapter.name if adapter else None
-        reason = decision.reason if decision else None
-        tracked = TrackedRequest(arrival.request_id, name, rank, len(prompt_ids), caller.name, reason)
-        max_unread = settings.max_unread_tokens if arrival.is_streamed else None
-        sequences = FanOut(
-            [
-                EventStream(
-                    services.engine,
-                    GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice),
-                    RequestTracker(services.metrics, tracked, services.drain_rate).on_event,
-                    max_unread,
-                )
-                for sampling in samplings
-            ]
-        )
+        sequences = _fan_out(services, asked, arrival, adapter, decision)
         try:
             sequences.submit()
         except UnknownAdapter:
@@ -94,7 +101,12 @@ async def submit(services: Services, body: GenerateRequest, arrival: Arrival) ->
     sequences.cut_at(deadline.at, deadline.error())
     if decision is not None:
         services.metrics.decided(decision)
-    return Submitted(sequences, samplings, adapter, decision)
+    return Submitted(sequences, prompts, tuple(sampling for _, sampling in asked), adapter, decision)
+
+
+async def decode(engine: EngineProtocol, ids: Sequence[int]) -> str:
+    """The text of some tokens, off the event loop."""
+    return await to_thread.run_sync(engine.decode, ids, limiter=_tokenizer_thread)
 
 
 def _choose(services: Services, selection: Selection, caller: ApiKey) -> tuple[ServedAdapter | None, RankDecision | None]:
@@ -105,66 +117,36 @@ def _choose(services: Services, selection: Selection, caller: ApiKey) -> tuple[S
     return adapter, decide(selection.rank, selection.policy, adapter.facts, policies, caller.bounds)
 
 
-def _sequences(sampling: SamplingParams, count: int) -> tuple[SamplingParams, ...]:
-    """What each of several sequences is told. The prompt's log-probabilities are the same in all: one computes them."""
-    if count > 1 and not sampling.do_sample:
-        raise InvalidRequest("best_of", f"{count} greedy answers would be the same; legal: 1, or sample (do_sample)")
+def _copies(sampling: SamplingParams, task: Task) -> tuple[SamplingParams, ...]:
+    """What each sequence of a prompt is told. The prompt's log-probabilities are the same in all: one computes them."""
+    if task.copies > 1 and not sampling.do_sample:
+        message = f"{task.copies} greedy answers would be the same; legal: 1, or sample ({task.how_to_sample})"
+        raise InvalidRequest(task.copies_field, message)
     others = replace(sampling, prompt_logprobs=False)
-    return sampling, *(replace(others, seed=sequence_seed(sampling.seed, index)) for index in range(1, count))
+    return sampling, *(replace(others, seed=sequence_seed(sampling.seed, copy)) for copy in range(1, task.copies))
 
 
-def _sampling(services: Services, parameters: GenerateParameters, prompt_tokens: int) -> SamplingParams:
-    if not prompt_tokens:
-        raise InvalidRequest("inputs", "holds no token for this model; give some text")
-    longest = services.settings.max_prompt_tokens
-    if longest is not None and prompt_tokens > longest:
-        raise InvalidRequest("inputs", f"{prompt_tokens} prompt tokens are above this server's limit; legal: 1 to {longest}")
-    new_tokens = parameters.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    limit = services.settings.max_new_tokens_limit
-    if limit is not None and new_tokens > limit:
-        if parameters.max_new_tokens is not None:
-            raise InvalidRequest("max_new_tokens", f"{new_tokens} is above this server's limit; legal: 1 to {limit}")
-        new_tokens = limit
-    context = services.engine.model.max_context_tokens
-    if new_tokens >= context:
-        raise InvalidRequest(
-            "max_new_tokens", f"{new_tokens} leaves no prompt in the context of {context} tokens; legal: 1 to {context - 1}"
+def _fan_out(
+    services: Services,
+    asked: Sequence[tuple[tuple[int, ...], SamplingParams]],
+    arrival: Arrival,
+    adapter: ServedAdapter | None,
+    decision: RankDecision | None,
+) -> FanOut:
+    choice = adapter.choice(decision.rank) if adapter and decision else None
+    max_unread = services.settings.max_unread_tokens if arrival.is_streamed else None
+    arrived = asyncio.Event()
+    streams = []
+    for prompt_ids, sampling in asked:
+        tracked = TrackedRequest(
+            arrival.request_id,
+            adapter.name if adapter else None,
+            decision.rank if decision else 0,
+            len(prompt_ids),
+            arrival.caller.name,
+            decision.reason if decision else None,
         )
-    if prompt_tokens + new_tokens > context:
-        raise InvalidRequest(
-            "inputs",
-            f"{prompt_tokens} prompt tokens and max_new_tokens {new_tokens} make {prompt_tokens + new_tokens}, above "
-            f"the context of {context} tokens; shorten the prompt, lower max_new_tokens, or set truncate to at most "
-            f"{context - new_tokens}",
-        )
-    least = parameters.min_new_tokens or 0
-    if least > new_tokens:
-        raise InvalidRequest("min_new_tokens", f"{least} is above max_new_tokens {new_tokens}; legal: 0 to {new_tokens}")
-    do_sample = parameters.is_sampling
-    temperature = parameters.temperature
-    return SamplingParams(
-        max_new_tokens=new_tokens,
-        min_new_tokens=least,
-        repetition_penalty=_or(parameters.repetition_penalty, 1.0),
-        presence_penalty=_or(parameters.presence_penalty, 0.0),
-        frequency_penalty=_or(parameters.frequency_penalty, 0.0),
-        logit_bias=tuple(parameters.logit_bias.items()),
-        do_sample=do_sample,
-        temperature=temperature if do_sample and temperature is not None else 1.0,
-        top_k=parameters.top_k,
-        top_p=_or(parameters.top_p, 1.0),
-        min_p=_or(parameters.min_p, 0.0),
-        typical_p=_or(parameters.typical_p, 1.0),
-        # 53 bits: what every JSON reader keeps exactly.
-        seed=secrets.randbits(53) if parameters.seed is None else parameters.seed,
-        stop=tuple(parameters.stop),
-        stop_token_ids=tuple(parameters.stop_token_ids),
-        include_stop=parameters.include_stop_str_in_output,
-        ignore_eos=parameters.ignore_eos_token,
-        alternatives=max(parameters.top_n_tokens or 0, parameters.return_k_alternatives or 0),
-        prompt_logprobs=parameters.decoder_input_details,
-    )
-
-
-def _or(value: float | None, neutral: float) -> float:
-    return neutral if value is None else value
+        tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
+        request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice)
+        streams.append(EventStream(services.engine, request, tracker.on_event, max_unread, arrived))
+    return FanOut(streams, arrived)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from service.errors import InvalidRequest, KeyOverLimit, NoKey, QueueFull, WrongScope
+from adapters.errors import IllegalRank
+from service.errors import AdapterUnfit, InvalidRequest, KeyOverLimit, NoKey, QueueFull, UnknownAdapter, WrongScope
 from service.http.error_table import ErrorKind, kind_of, openai_body
 from service.http.services import Services
 
@@ -37,8 +38,19 @@ def refuse(
 
 def refuse_error(scope: Scope, error: Exception) -> JSONResponse:
     """The answer to an error of either tree."""
-    param = error.field if isinstance(error, InvalidRequest) else None
-    return refuse(scope, kind_of(error), str(error), _headers(scope, error), param)
+    return refuse(scope, kind_of(error), str(error), _headers(scope, error), _param(error))
+
+
+def _param(error: Exception) -> str | None:
+    """The field that is to blame."""
+    match error:
+        case InvalidRequest():
+            return error.field
+        case UnknownAdapter() | AdapterUnfit():
+            return "model"
+        case IllegalRank():
+            return "rank"
+    return None
 
 
 def _headers(scope: Scope, error: Exception) -> dict[str, str]:

@@ -176,12 +176,14 @@ class AdapterRegistry:
         """Claim a name for one upload or deletion, from its first byte on.
 
         Raises:
-            InvalidName: not a legal name.
+            InvalidName: not a legal name, or the base model's.
             UnknownAdapter: the name is another's.
             AdapterBusy: another one is under way.
             NotReady: the store is still being loaded.
         """
-        _check_name(name)
+        check_name(name)
+        if name in RESERVED_NAMES or name == self._engine.model.name:
+            raise InvalidName(name, "this name is reserved")
         if not self.is_loaded:
             raise NotReady
         with self._names_lock:
@@ -311,12 +313,6 @@ class AdapterRegistry:
 
 def _ready(stored: StoredAdapter, facts: RankFacts) -> ServedAdapter:
     return ServedAdapter(stored.name, stored, AdapterState.READY, facts, owner=stored.owner)
-
-
-def _check_name(name: str) -> None:
-    check_name(name)
-    if name in RESERVED_NAMES:
-        raise InvalidName(name, "this name is reserved")
 
 
 def parameters_at(adapter: Adapter, rank: int) -> int:

@@ -6,6 +6,7 @@ from fastapi import Depends, Request, Security, params
 from fastapi.security import HTTPBearer
 
 from service.http.arrival import Arrival
+from service.http.openai.answer_schemas import OpenAIError
 from service.http.schemas import ErrorResponse
 from service.http.services import Services
 from service.http.tenants import check_scope
@@ -66,6 +67,11 @@ _MEANINGS = {
     504: "The request was not complete by its deadline.",
     507: "The store is full.",
 }
+
+
+def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route under /v1."""
+    return {status: {"model": OpenAIError, "description": _MEANINGS[status]} for status in statuses}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

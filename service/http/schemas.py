@@ -19,21 +19,29 @@ MIN_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature leave what float32 holds; 0 is greedy."""
 
 
-def _whole_text(text: str) -> str:
+def whole_text(text: str) -> str:
+    """The text, if there is any. Raises ValueError."""
     if not text:
         raise ValueError("must not be empty")
+    return encodable(text)
+
+
+def encodable(text: str) -> str:
+    """The text, unless it holds what JSON can say and no encoding can. Raises ValueError."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError("holds half a surrogate pair, which is no text")
     return text
 
 
-def _temperature(value: float | None) -> float | None:
+def checked_temperature(value: float | None) -> float | None:
+    """A temperature that float32 can divide by. Raises ValueError."""
     if value is not None and 0 < value < MIN_TEMPERATURE:
         raise ValueError(f"must be 0 (greedy) or at least {MIN_TEMPERATURE}")
     return value
 
 
-def _is_none(value: object) -> bool:
+def is_none(value: object) -> bool:
+    """For fields that are left out where they say nothing."""
     return value is None
 
 
@@ -44,7 +52,7 @@ def rank_wish(value: object) -> object:
     raise ValueError('legal: an integer of at least 1, "max", "auto"')
 
 
-Text = Annotated[str, Field(strict=True), AfterValidator(_whole_text)]
+Text = Annotated[str, Field(strict=True), AfterValidator(whole_text)]
 Name = Annotated[str, Field(strict=True, max_length=256)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Rank = Annotated[
@@ -89,7 +97,7 @@ class GenerateParameters(BaseModel):
     rank_policy: Name | None = Field(None, description="Policy that chooses the rank, by its name in the server.")
     max_new_tokens: PositiveInt | None = Field(None, description="Most new tokens; 20 unless given.")
     do_sample: Switch = Field(False, description="Draw tokens instead of taking the most probable one.")
-    temperature: Annotated[Finite, Field(ge=0, le=100), AfterValidator(_temperature)] | None = Field(
+    temperature: Annotated[Finite, Field(ge=0, le=100), AfterValidator(checked_temperature)] | None = Field(
         None, description="Divides the logits; 0 is greedy."
     )
     top_k: PositiveInt | None = Field(None, description="Draw among this many most probable tokens.")
@@ -220,18 +228,13 @@ class TokenOut(BaseModel):
     special: bool
     skipped: bool = Field(default=False, description="Always false; LoRAX's client wants the field.")
     alternative_tokens: list[AlternativeToken] | None = Field(
-        default=None, exclude_if=_is_none, description="With return_k_alternatives."
+        default=None, exclude_if=is_none, description="With return_k_alternatives."
     )
 
 
-class StreamDetails(BaseModel):
-    """What the generation took and what served it."""
+class ServedBy(BaseModel):
+    """What served a request."""
 
-    finish_reason: FinishReason
-    prompt_tokens: int
-    generated_tokens: int
-    skipped_tokens: int = 0
-    seed: int | None = Field(description="Null where nothing was drawn.")
     adapter_id: str | None
     adapter_version: str | None
     rank: int = Field(description="0 for the base model.")
@@ -240,13 +243,23 @@ class StreamDetails(BaseModel):
     mode: Mode
 
 
+class StreamDetails(ServedBy):
+    """What the generation took and what served it."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    generated_tokens: int
+    skipped_tokens: int = 0
+    seed: int | None = Field(description="Null where nothing was drawn.")
+
+
 class SequenceTokens(BaseModel):
     """Every token of a sequence."""
 
     prefill: list[PrefillToken] = Field(description="The prompt's tokens, with decoder_input_details.")
     tokens: list[TokenOut]
     top_tokens: list[list[TokenOut]] | None = Field(
-        default=None, exclude_if=_is_none, description="The most probable tokens in the place of each, with top_n_tokens."
+        default=None, exclude_if=is_none, description="The most probable tokens in the place of each, with top_n_tokens."
     )
 
 
@@ -263,7 +276,7 @@ class Details(StreamDetails, SequenceTokens):
     """The same with every token."""
 
     best_of_sequences: list[BestOfSequence] | None = Field(
-        default=None, exclude_if=_is_none, description="The other answers, with best_of."
+        default=None, exclude_if=is_none, description="The other answers, with best_of."
     )
 
 
@@ -278,7 +291,7 @@ class StreamResponse(BaseModel):
     """One event of a stream; text and details come with the last."""
 
     token: TokenOut
-    top_tokens: list[TokenOut] | None = Field(default=None, exclude_if=_is_none, description="With top_n_tokens.")
+    top_tokens: list[TokenOut] | None = Field(default=None, exclude_if=is_none, description="With top_n_tokens.")
     generated_text: str | None = None
     details: StreamDetails | None = None
 

@@ -1,5 +1,6 @@
 """What the routes work with: one object, made by create_app and handed to every request."""
 
+import time
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -25,6 +26,8 @@ class Services:
     tenants: Tenants
     drain_rate: DrainRate = field(default_factory=DrainRate)
     """How fast generations end, for Retry-After."""
+    started_at: int = field(default_factory=lambda: int(time.time()))
+    """Unix time."""
     draining: Event = field(default_factory=Event)
     """Set once the server takes no new work; it never goes back."""
 

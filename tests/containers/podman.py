@@ -64,6 +64,10 @@ class Podman:
         """What `podman ARGUMENTS` prints to stdout, and to stderr if it fails."""
         return self._run(("podman", *arguments), {}, timeout_s, may_fail)
 
+    def logs(self, container: str) -> str:
+        """What a container has printed, to stdout and stderr."""
+        return self._run(("podman", "logs", container), {}, 60, False, stderr=subprocess.STDOUT)
+
     def compose(self, file: Path, *arguments: str, environment: Mapping[str, str], timeout_s: float = 180) -> str:
         """What `podman-compose -f FILE ARGUMENTS` prints."""
         command = (sys.executable, "-m", "podman_compose", "-f", str(file), *arguments)
@@ -87,13 +91,20 @@ class Podman:
         """End and remove every container and image of this storage."""
         self("system", "reset", "--force", may_fail=True)
 
-    def _run(self, command: tuple[str, ...], environment: Mapping[str, str], timeout_s: float, may_fail: bool) -> str:
-        done = subprocess.run(
-            command, env={**self._environment, **environment}, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+    def _run(
+        self,
+        command: tuple[str, ...],
+        environment: Mapping[str, str],
+        timeout_s: float,
+        may_fail: bool,
+        stderr: int = subprocess.PIPE,
+    ) -> str:
+        everything = {**self._environment, **environment}
+        pipe = subprocess.PIPE
+        done = subprocess.run(command, env=everything, stdout=pipe, stderr=stderr, text=True, timeout=timeout_s, check=False)
         if done.returncode == 0:
             return done.stdout
-        output = done.stdout + done.stderr
+        output = done.stdout + (done.stderr or "")
         assert may_fail, f"{' '.join(command)}: {done.returncode}\n{output[-8000:]}"
         return output
 

@@ -32,7 +32,7 @@ class Container:
 
     def log(self) -> str:
         """What it has printed."""
-        return self.podman("logs", self.id, may_fail=True)
+        return self.podman.logs(self.id)
 
     def execute(self, *command: str) -> str:
         """What a command inside of it prints."""

@@ -29,7 +29,7 @@ def test_every_request_has_one_line_of_json_without_its_text(
     }
     log = tmp_path / "log"
     with ServerProcess(settings, log) as server, httpx.Client(base_url=server.url, timeout=60) as http:
-        answers = []
+        answers: list[httpx.Response] = []
 
         def ask(method: str, path: str, token: str | None = key.token, **options: Any) -> None:
             headers = {"X-Request-Id": f"ask-{len(answers)}", **({"Authorization": f"Bearer {token}"} if token else {})}

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from adapters.data.formats import FORMATS
 from adapters.demo import ARTIFACTS
 from loadtests.server_process import ServerProcess
 from service.keys import KeyEntry
@@ -87,3 +88,7 @@ def test_settings_that_readme_names_exist() -> None:
 
 def test_every_field_of_a_key_is_documented() -> None:
     assert [name for name in KeyEntry.model_fields if f"`{name}`" not in README] == []
+
+
+def test_every_format_of_data_is_documented() -> None:
+    assert [name for name in FORMATS if f"`{name}`" not in README] == []
