@@ -63,8 +63,8 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
                 content = gzip.decompress(content)
             assert self.path == "/v1/traces"
             for each in ExportTraceServiceRequest.FromString(content).resource_spans:
-                collector.resources.append(attributes(each.resource))
-                collector.spans.extend(span for scope in each.scope_spans for span in scope.spans)
+                received.resources.append(attributes(each.resource))
+                received.spans.extend(span for scope in each.scope_spans for span in scope.spans)
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -73,11 +73,11 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        collector = Collector(f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        received = Collector(f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", received.url)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield collector
+        yield received
         server.shutdown()
         thread.join()
 

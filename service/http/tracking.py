@@ -102,7 +102,7 @@ class RequestTracker:
 
     def _add_span(self, trace: RequestTrace, outcome: str, seconds: float, finished: Finished | None) -> None:
         request = self._request
-        attributes = {
+        attributes: dict[str, str | int | tuple[str, ...] | None] = {
             "dylora.adapter": request.adapter or BASE_LABEL,
             "dylora.rank": request.rank,
             "dylora.rank_reason": request.reason,
