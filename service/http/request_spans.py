@@ -1,15 +1,14 @@
 """A span around every request but the routine ones, in a server that sends traces."""
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.http.refusals import NOBODY_TO_ANSWER
 from service.http.request_log import ROUTINE_PATHS
 from service.http.tracing import RequestTrace, Tracing
 
 
 class RequestSpans:
-    """Makes the trace of a request, and says in it how the request was answered."""
+    """Makes the trace of a request, and says in it how the request was answered. Outside of RequestLog, which notes that."""
 
     def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
         self._app = app
@@ -20,29 +19,22 @@ class RequestSpans:
         if scope["type"] != "http" or scope["path"] in ROUTINE_PATHS:
             await self._app(scope, receive, send)
             return
-        status = NOBODY_TO_ANSWER
-
-        async def send_noting_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
         with self._tracing.request(scope["method"], Headers(scope=scope)) as trace:
             try:
-                await self._app(scope, receive, send_noting_status)
-            except Exception:
-                status = 500
-                raise
+                await self._app(scope, receive, send)
             finally:
-                _tell(trace, scope, status)
+                _tell(trace, scope)
 
 
-def _tell(trace: RequestTrace, scope: Scope, status: int) -> None:
+def _tell(trace: RequestTrace, scope: Scope) -> None:
+    state = scope["state"]
     route = getattr(scope.get("route"), "path", None)  # as it is declared: "/adapters/{name}"
-    attributes: dict[str, str | int] = {"http.response.status_code": status, "dylora.request_id": scope["state"]["request_id"]}
+    attributes: dict[str, str | int] = {
+        "http.response.status_code": state["status"],
+        "dylora.request_id": state["request_id"],
+    }
     if route is not None:
         attributes["http.route"] = route
-    if error_type := scope["state"].get("error_type"):
-        attributes["error.type"] = error_type
-    trace.answered(f"{scope['method']} {route}" if route else scope["method"], attributes, is_error=status >= 500)
+    if "error_type" in state:
+        attributes["error.type"] = state["error_type"]
+    trace.answered(f"{scope['method']} {route}" if route else scope["method"], attributes, is_error=state["status"] >= 500)
