@@ -134,6 +134,9 @@ class PipSettings:
             settings[name.rpartition(".")[2]] = str(ast.literal_eval(value)).split()
         found = {name: settings[name] for name in _PIP_KEYS if name in settings}
         conf = "[global]\n" + "".join(f"{name} = {' '.join(values)}\n" for name, values in found.items())
-        places = [each.removeprefix("file://") for values in found.values() for each in values]
-        folders = tuple(dict.fromkeys(place for place in places if place.startswith("/") and Path(place).is_dir()))
+        places = [Path(each) for each in found.get("find-links", [])]
+        for index in (*found.get("index-url", []), *found.get("extra-index-url", [])):
+            if index.startswith("file://"):
+                places.append(Path(index.removeprefix("file://")).parent)  # its pages point to files beside it
+        folders = tuple(dict.fromkeys(str(place) for place in places if place.is_absolute() and place.is_dir()))
         return cls(conf, folders, next(iter(settings.get("cert", [])), ssl.get_default_verify_paths().cafile))
