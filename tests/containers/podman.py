@@ -50,7 +50,8 @@ class Podman:
         self._root = root
         for name in ("tmp", "networks"):
             (root / name).mkdir()
-        nofile = min(_MAX_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        nofile = _MAX_NOFILE if allowed == resource.RLIM_INFINITY else min(_MAX_NOFILE, allowed)
         files = {
             "CONTAINERS_CONF": ("containers.conf", _CONTAINERS_CONF.format(root=root, nofile=nofile, nproc=_MAX_NPROC)),
             "CONTAINERS_STORAGE_CONF": ("storage.conf", _STORAGE_CONF.format(root=root)),
