@@ -46,7 +46,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
-# true adds a C++ compiler, with which torch.compile makes steps faster on CPU; without it they run uncompiled.
+# true adds the C and C++ compilers that compiled steps need; without them steps run uncompiled, slower.
 ARG COMPILER=false
 SHELL ["/bin/sh", "-euc"]
 # The base image's release pins the versions, and updates of it are wanted.

@@ -77,7 +77,7 @@ def process(tmp_path: Path, *arguments: str) -> Iterator[Process]:
         try:
             for line in popen.stderr:
                 log.append(line)
-                if match := re.search(r"listening url=(\S+)", line):
+                if match := re.search(r"listening\W+url\W+(http://[\d.:]+)", line):
                     break
             else:
                 raise AssertionError("".join(log))

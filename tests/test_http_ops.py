@@ -105,7 +105,7 @@ def test_requests_are_logged_once_without_their_text(tmp_path: Path, service_log
         text = server.generate("the secret prompt", adapter_id="demo", rank=2, headers={"X-Request-Id": "abc"}).json()
     lines = [record.getMessage() for record in service_log.records if "request_id=abc" in record.getMessage()]
     assert len(lines) == 1
-    assert "adapter=demo rank=2 mode=merged prompt_tokens=17 generated_tokens=20" in lines[0]
+    assert "adapter=demo rank=2 reason=requested mode=merged prompt_tokens=17 generated_tokens=20" in lines[0]
     assert "secret" not in service_log.text
     assert text["generated_text"] not in service_log.text
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.settings import Settings, variable
 from tests.dashboard import DASHBOARD, expressions, metric_names
 from tests.http_harness import in_process
 from tests.test_metrics import NAMES
@@ -63,6 +64,15 @@ def test_containers_are_published_on_loopback_and_run_without_capabilities() -> 
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             assert not source.startswith(".") or (DOCKER / source).is_dir()
+
+
+def test_image_and_compose_set_what_is_a_setting_and_readme_tells_of_the_rest() -> None:
+    dockerfile = (DOCKER.parent / "Dockerfile").read_text()
+    environment = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["server"]["environment"]
+    named = {*re.findall(r"\bDYLORA_\w+", dockerfile), *(name for name in environment if name.startswith("DYLORA_"))}
+    assert named <= {variable(name) for name in Settings.model_fields}
+    readme = (DOCKER.parent / "README.md").read_text()
+    assert [name for name in re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE) if f"`{name}`" not in readme] == []
 
 
 @needs_promtool

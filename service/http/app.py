@@ -24,8 +24,10 @@ from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
 from service.http.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
 from service.http.registry import AdapterRegistry, ServedAdapter
 from service.http.request_log import RequestLog
+from service.http.request_spans import RequestSpans
 from service.http.services import Services
 from service.http.tenants import Tenants
+from service.http.tracing import Tracing
 from service.http.validation_text import describe, first_field, known_fields
 from service.log import entry, logger
 from service.settings import Settings
@@ -33,7 +35,12 @@ from service.version import VERSION
 
 
 def create_app(
-    settings: Settings, engine: EngineProtocol, store: AdapterStore, metrics: Metrics, tenants: Tenants | None = None
+    settings: Settings,
+    engine: EngineProtocol,
+    store: AdapterStore,
+    metrics: Metrics,
+    tenants: Tenants | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Make the application. Its lifespan starts and stops the engine; who opened the store closes it.
 
@@ -41,6 +48,7 @@ def create_app(
         engine: made, not started, with `metrics` as its observer.
         store: open, of this process alone.
         tenants: those of the settings, unless given.
+        tracing: makes a trace of each request; who made it closes it.
 
     Raises:
         SettingsError: the API keys can't be read.
@@ -69,6 +77,8 @@ def create_app(
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, tenants=tenants)
     app.add_middleware(RequestLog)
+    if tracing is not None:
+        app.add_middleware(RequestSpans, tracing=tracing)
     app.add_middleware(RequestIds)
     return app
 

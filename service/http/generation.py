@@ -163,6 +163,7 @@ def _fan_out(
             decision.rank if decision else 0,
             len(prompt_ids),
             arrival.caller.name,
+            decision.reason if decision else None,
         )
         tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
         request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice)

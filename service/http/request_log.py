@@ -10,15 +10,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.auth import PROBE_PATHS
 from service.http.refusals import NOBODY_TO_ANSWER
+from service.http.tracing import current_trace
 from service.log import entry, logger
 
-_ROUTINE_PATHS = (*PROBE_PATHS, "/metrics")
+ROUTINE_PATHS = (*PROBE_PATHS, "/metrics")
 """Asked every few seconds: told at level debug."""
 _MAX_PATH = 200
 
 
 class RequestLog:
-    """Logs a request when its answer has been sent."""
+    """Logs a request when its answer has been sent, and leaves its `status` in the request's state."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -28,36 +29,38 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = NOBODY_TO_ANSWER
+        state = scope["state"]
+        state["status"] = NOBODY_TO_ANSWER
 
         async def send_noting_status(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                state["status"] = message["status"]
             await send(message)
 
         try:
             await self._app(scope, receive, send_noting_status)
         except Exception:
-            status = 500
+            state["status"] = 500
             raise
         finally:
-            if not scope["state"].get("is_submitted"):
-                _log(scope, status)
+            if not state.get("is_submitted"):
+                _log(scope)
 
 
-def _log(scope: Scope, status: int) -> None:
+def _log(scope: Scope) -> None:
     state = scope["state"]
-    is_routine = scope["path"] in _ROUTINE_PATHS and status < 400
+    is_routine = scope["path"] in ROUTINE_PATHS and state["status"] < 400
     caller = state.get("caller")
+    trace = current_trace()
     line = entry(
         "answered",
         request_id=state["request_id"],
-        status=status,
+        status=state["status"],
         error_type=state.get("error_type"),
         key=caller.name or None if caller else None,
         method=scope["method"],
         path=scope["path"][:_MAX_PATH],  # without the query
+        trace_id=trace.trace_id if trace else None,
         seconds=get_running_loop().time() - state["arrived_at"],
     )
     logger.log(logging.DEBUG if is_routine else logging.INFO, line)

@@ -10,6 +10,7 @@ from loadtests.server_process import ServerProcess
 from tests.e2e.tiny_server import SMALL, Client, body
 from tests.http_keys import make_key, write_keys
 
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 SECRET = "sesame"
 """Said in every request. The log must not have it."""
 
@@ -53,6 +54,8 @@ def test_every_request_has_one_line_of_json_without_its_text(
     ids = [line["request_id"] for line in lines if "request_id" in line and line.get("path") != "/ready"]
     assert sorted(ids) == sorted([*(f"ask-{number}" for number in range(len(answers))), "upload"])
     assert {answer.status_code for answer in answers} == {200, 401, 404, 422}
+    fields = {name for line in lines if line["message"] in ("request", "answered") for name in line}
+    assert [name for name in fields - {"time", "level", "message"} if f"`{name}`" not in README] == []
     assert SECRET not in text
     assert answers[0].json()["generated_text"] not in text
     assert not [each.name for each in (key, stranger) if each.token in text or each.token[8:] in text]

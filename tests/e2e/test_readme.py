@@ -15,7 +15,7 @@ from adapters.data.formats import FORMATS
 from adapters.demo import ARTIFACTS
 from loadtests.server_process import ServerProcess
 from service.keys import KeyEntry
-from service.settings import Settings
+from service.settings import Settings, variable
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -98,6 +98,7 @@ def test_settings_that_readme_names_exist() -> None:
     assert len(named) > 10
     assert named <= set(Settings.model_fields)
     assert {"default_policy", "quality_tolerance", "budget_share", "metrics_max_adapters"} <= set(Settings.model_fields)
+    assert set(re.findall(r"\bDYLORA_[A-Z_]+", README)) <= {variable(name) for name in Settings.model_fields}
 
 
 def test_every_field_of_a_key_is_documented() -> None:
