@@ -70,7 +70,7 @@ def test_the_demo_starts_with_nothing_but_a_port(podman: Podman, server_image: s
         answer = generated(container, adapter_id="mr-to-text", rank=4)
         assert (answer.status_code, answer.headers["x-lora-rank"]) == (200, "4")
         assert "everybody who can connect may do everything" in container.log()
-        healthcheck = json.loads(podman("inspect", server_image))[0]["HealthCheck"]["Test"]
+        healthcheck = json.loads(podman("inspect", "--format", "{{json .HealthCheck.Test}}", server_image))
         assert container.execute(*healthcheck[1:]) == ""
 
 
