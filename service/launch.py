@@ -7,13 +7,14 @@ import torch
 from adapters.limits import CheckpointLimits
 from adapters.store.store import AdapterStore
 from service import demo, log
-from service.core import EngineObserver, EngineProtocol
+from service.core import EngineObserver, EngineObservers, EngineProtocol
 from service.engine.engine import Engine, EngineOptions
 from service.engine.model import load_model
 from service.http import server
 from service.http.app import create_app
 from service.http.metrics import Metrics
 from service.http.tenants import Tenants
+from service.latency_model import LatencyModel
 from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
@@ -34,12 +35,13 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
     with _open_store(settings) as store:
         metrics = Metrics(settings.metrics_max_adapters)
         log.logger.info("%s", "loading model " + log.pairs(model=settings.model))
-        engine = make_engine(settings, metrics)
+        latency = LatencyModel()
+        engine = make_engine(settings, EngineObservers(metrics, latency))
         facts = log.pairs(parameters=engine.model.parameters, device=engine.model.device, dtype=engine.model.dtype)
         log.logger.info("%s", "model loaded " + facts)
         if settings.demo_adapters and settings.model == DEMO_MODEL:
             demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
-        app = create_app(settings, engine, store, metrics, tenants)
+        app = create_app(settings, engine, store, metrics, tenants, latency)
         try:
             return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
         finally:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -19,7 +19,6 @@ from service.core import (
     Finished,
     GenerationRequest,
     ModelFacts,
-    StepReport,
 )
 from service.engine.blocks import BlockPool
 from service.engine.kv_cache import KVCache
@@ -157,6 +156,10 @@ class Engine:
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, as the model's own tokenizer gives them."""
         return tuple(self._loaded.tokenizer.encode(text))
+
+    def adaptable_modules(self) -> Mapping[str, tuple[int, int]]:
+        """Paths of the linear modules inside the model's blocks, which adapters usually adapt, with their (in, out)."""
+        return self._bank.linear_modules()
 
     def load(self, version: str, adapter: Adapter) -> None:
         """Make an adapter servable. Idempotent per version.
@@ -310,9 +313,7 @@ class Engine:
                 else:
                     self._tell(ticket, event)
         if self._observer is not None:
-            decodes = sum(chunk.is_decode for chunk in batch.chunks)
-            prefill_tokens = sum(chunk.length for chunk in batch.chunks) - decodes
-            self._observer.on_step(StepReport(mode, prefill_tokens, decodes, now - started))
+            self._observer.on_step(batch.report(mode, now - started))
 
     def _admit(self, tickets: list[Ticket], now: float) -> None:
         for ticket in tickets:
@@ -365,6 +366,7 @@ class Engine:
             resident_adapters=self._bank.resident,
             adapter_bytes=self._bank.nbytes,
             merged=self._planner.stats,
+            merged_choices=self._planner.merged_choices,
             prefix=self._scheduler.prefix_stats,
         )
 

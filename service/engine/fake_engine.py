@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -128,6 +128,10 @@ class FakeEngine:
     def encode(self, text: str) -> tuple[int, ...]:
         """One token per byte."""
         return tuple(text.encode())
+
+    def adaptable_modules(self) -> Mapping[str, tuple[int, int]]:
+        """None: there is no model."""
+        return {}
 
     def load(self, version: str, adapter: Adapter) -> None:
         """Remember the adapter, or refuse it as `refuse_adapters` says."""

@@ -7,6 +7,7 @@ from service.core import Event, Failed, Finished, Mode, PromptToken, SamplingPar
 from service.errors import ServiceError
 from service.http.error_table import error_body
 from service.http.generation import Submitted
+from service.http.measurement import Measurement
 from service.http.schemas import (
     AlternativeToken,
     BestOfSequence,
@@ -14,8 +15,10 @@ from service.http.schemas import (
     ErrorResponse,
     GenerateRequest,
     GenerateResponse,
+    PredictedTimes,
     PrefillToken,
     SequenceTokens,
+    SloOut,
     StreamDetails,
     StreamResponse,
     TokenOut,
@@ -33,13 +36,17 @@ class ClientGone(Exception):
 
 def serving_headers(submitted: Submitted, mode: Mode) -> dict[str, str]:
     """What served the request."""
-    adapter, decision = submitted.adapter, submitted.decision
+    adapter, decision, measured = submitted.adapter, submitted.decision, submitted.measurement
+    predicted = {"X-Predicted-Latency-Ms": f"{measured.predicted.latency_ms:.1f}"} if measured.predicted else {}
+    met = {} if measured.is_met is None else {"X-SLO-Met": str(measured.is_met).lower()}
     return {
         "X-LoRA-Adapter": adapter.name if adapter else BASE,
         "X-LoRA-Adapter-Version": adapter.version if adapter else BASE,
         "X-LoRA-Rank": str(decision.rank if decision else 0),
         "X-LoRA-Rank-Reason": decision.reason if decision else RankReason.DEFAULT,
         "X-LoRA-Mode": mode,
+        **predicted,
+        **met,
     }
 
 
@@ -155,8 +162,22 @@ def _facts(submitted: Submitted, sampling: SamplingParams, end: Finished) -> Str
         rank=decision.rank if decision else 0,
         rank_reason=decision.reason if decision else RankReason.DEFAULT,
         rank_policy=decision.policy if decision else None,
+        predicted=_predicted(submitted.measurement),
+        slo=_slo(submitted.measurement),
         mode=end.mode,
     )
+
+
+def _predicted(measurement: Measurement) -> PredictedTimes | None:
+    times = measurement.predicted
+    return None if times is None else PredictedTimes(**{name: round(ms, 2) for name, ms in times._asdict().items()})
+
+
+def _slo(measurement: Measurement) -> SloOut | None:
+    slo = measurement.slo
+    if slo.is_empty:
+        return None
+    return SloOut(latency_slo_ms=slo.latency_ms, ttft_slo_ms=slo.ttft_ms, itl_slo_ms=slo.itl_ms, met=measurement.is_met)
 
 
 def _text(body: GenerateRequest, end: Finished) -> str:

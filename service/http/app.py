@@ -12,10 +12,13 @@ from starlette.requests import ClientDisconnect
 
 from adapters.errors import AdapterError
 from adapters.store.store import AdapterStore
+from service import latency_start
 from service.core import EngineProtocol
 from service.errors import ServiceError
+from service.forecast import EngineSizes
 from service.http import routes_adapters, routes_generate, routes_ops
 from service.http.auth import Authentication
+from service.http.auto_rank import AutoRank
 from service.http.error_table import ErrorKind
 from service.http.metrics import Metrics
 from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
@@ -24,27 +27,37 @@ from service.http.registry import AdapterRegistry, ServedAdapter
 from service.http.services import Services
 from service.http.tenants import Tenants
 from service.http.validation_text import describe
+from service.latency_model import LatencyModel
 from service.log import logger, pairs
+from service.margins import Margins
 from service.settings import Settings
 from service.version import VERSION
 
 
 def create_app(
-    settings: Settings, engine: EngineProtocol, store: AdapterStore, metrics: Metrics, tenants: Tenants | None = None
+    settings: Settings,
+    engine: EngineProtocol,
+    store: AdapterStore,
+    metrics: Metrics,
+    tenants: Tenants | None = None,
+    latency: LatencyModel | None = None,
 ) -> FastAPI:
     """Make the application. Its lifespan starts and stops the engine; who opened the store closes it.
 
     Args:
-        engine: made, not started, with `metrics` as its observer.
+        engine: made, not started, with `metrics` and `latency` as its observers.
         store: open, of this process alone.
         tenants: those of the settings, unless given.
+        latency: predicts the engine's steps; a new one, which predicts nothing unless the engine tells it, if not given.
 
     Raises:
         SettingsError: the API keys can't be read.
     """
     tenants = tenants or Tenants.of(settings)
     registry = AdapterRegistry(store, engine, metrics)
-    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants)
+    sizes = EngineSizes(settings.max_running_requests, settings.max_batch_tokens, settings.prefill_chunk_tokens)
+    auto_rank = AutoRank(latency or LatencyModel(), engine, sizes, Margins(settings.slo_target))
+    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, auto_rank)
     metrics.watch(engine.stats, registry.counts)
     app = FastAPI(
         title="dylora-serve",
@@ -84,6 +97,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _load(services: Services) -> None:
+    try:
+        latency_start.prepare(services.auto_rank.model, services.engine, services.settings, services.draining.is_set)
+    except Exception:
+        logger.exception("measuring latencies failed; they are learned from requests")
     try:
         services.registry.load_all(_log_loaded, services.draining.is_set)
     except Exception:

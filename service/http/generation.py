@@ -1,22 +1,24 @@
 """From a checked body to a request that the engine has taken. Knows no HTTP; every generating route comes here."""
 
+import asyncio
 import secrets
 from dataclasses import dataclass, replace
 
 from anyio import CapacityLimiter, to_thread
 
-from service.core import GenerationRequest, SamplingParams
+from service.core import Event, GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.arrival import Arrival
+from service.http.choice import ask_of, choose, monotonic_of
 from service.http.fan_out import FanOut, sequence_seed
+from service.http.measurement import Measurement, SequenceMeasurement
 from service.http.registry import ServedAdapter
 from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
-from service.http.selection import Selection, select
+from service.http.selection import select
 from service.http.services import Services
 from service.http.stream import EventStream
 from service.http.tracking import RequestTracker, TrackedRequest
-from service.keys import ApiKey
-from service.rank_policy import RankDecision, decide
+from service.rank_policy import RankDecision
 
 _SUBMIT_TRIES = 3
 """How often a name is looked up again when its version was unloaded between look-up and submit."""
@@ -32,6 +34,7 @@ class Submitted:
     Attributes:
         adapter: what serves it, None for the base model.
         decision: its rank, None for the base model.
+        measurement: of its latency, against what was predicted and demanded.
         samplings: what the engine was told of each sequence; the first one's seed is drawn here unless given.
     """
 
@@ -39,6 +42,7 @@ class Submitted:
     samplings: tuple[SamplingParams, ...]
     adapter: ServedAdapter | None
     decision: RankDecision | None
+    measurement: Measurement
 
     @property
     def events(self) -> EventStream:
@@ -55,29 +59,41 @@ async def submit(services: Services, body: GenerateRequest, arrival: Arrival) ->
         InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
         NotReady, QueueFull, Draining: not now.
         DeadlinePassed: too late already.
+        SloUnattainable: its latency objectives can't be met.
     """
     services.check_accepting()
     parameters, caller, settings = body.parameters, arrival.caller, services.settings
     deadline = arrival.deadline(settings.request_timeout_s)
-    selection = select(parameters.adapter_id, parameters.rank, parameters.rank_policy, arrival.headers, caller.default_adapter)
-    _choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
+    selection = select(
+        parameters.adapter_id,
+        parameters.rank,
+        parameters.rank_policy,
+        arrival.headers,
+        caller.default_adapter,
+        parameters.slo,
+    )
+    choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
     prompt_ids = await to_thread.run_sync(services.engine.encode, body.inputs, limiter=_tokenizer_thread)
     prompt_ids = prompt_ids[-parameters.truncate :] if parameters.truncate else prompt_ids
     samplings = _sequences(_sampling(services, parameters, len(prompt_ids)), parameters.best_of or 1)
+    ask = ask_of(len(prompt_ids), samplings[0])
+    arrived_at = monotonic_of(arrival.arrived_at, asyncio.get_running_loop().time())
     deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):
-        adapter, decision = _choose(services, selection, caller)
+        chosen = choose(services, selection, caller, ask, arrived_at)
+        adapter, decision = chosen.adapter, chosen.decision
         choice = adapter.choice(decision.rank) if adapter and decision else None
-        rank = decision.rank if decision else 0
         name = adapter.name if adapter else None
-        tracked = TrackedRequest(arrival.request_id, name, rank, len(prompt_ids), caller.name)
+        tracked = TrackedRequest(arrival.request_id, name, chosen.rank, len(prompt_ids), caller.name)
+        measurement = chosen.measurement(services, arrived_at)
         max_unread = settings.max_unread_tokens if arrival.is_streamed else None
         sequences = FanOut(
             [
-                EventStream(
-                    services.engine,
+                _stream(
+                    services,
                     GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice),
-                    RequestTracker(services.metrics, tracked, services.drain_rate).on_event,
+                    RequestTracker(services.metrics, tracked, services.drain_rate),
+                    measurement.sequence(chosen.version, ask),
                     max_unread,
                 )
                 for sampling in samplings
@@ -93,15 +109,21 @@ async def submit(services: Services, body: GenerateRequest, arrival: Arrival) ->
     sequences.cut_at(deadline.at, deadline.error())
     if decision is not None:
         services.metrics.decided(decision)
-    return Submitted(sequences, samplings, adapter, decision)
+    return Submitted(sequences, samplings, adapter, decision, measurement)
 
 
-def _choose(services: Services, selection: Selection, caller: ApiKey) -> tuple[ServedAdapter | None, RankDecision | None]:
-    if selection.adapter is None:
-        return None, None
-    adapter = services.registry.resolve(selection.adapter, caller.name)
-    policies = services.policies.with_default(caller.rank_policy)
-    return adapter, decide(selection.rank, selection.policy, adapter.facts, policies, caller.bounds)
+def _stream(
+    services: Services,
+    request: GenerationRequest,
+    tracker: RequestTracker,
+    measured: SequenceMeasurement,
+    max_unread: int | None,
+) -> EventStream:
+    def on_event(event: Event) -> None:
+        measured.on_event(event)
+        tracker.on_event(event)
+
+    return EventStream(services.engine, request, on_event, max_unread, measured.in_flight)
 
 
 def _sequences(sampling: SamplingParams, count: int) -> tuple[SamplingParams, ...]:

@@ -46,6 +46,7 @@ class Metrics:
         self._tokens = self._counter("tokens", "Tokens read (prompt) and made (generated).", ("kind",))
         self._errors = self._counter("refused", "Requests answered with an error, by its type.", ("reason",))
         self._decisions = self._counter("rank_decisions", "Ranks chosen.", ("policy", "reason", "rank"))
+        self._slo = self._counter("slo", "Requests with latency objectives, by whether these were met.", ("policy", "met"))
         self._quality = Gauge("dylora_adapter_quality", "Measured quality.", (*by_rank, "metric"), registry=self.registry)
         self._merge_s = self._histogram("merge_seconds", "Computing merged weights.", (), _FAST_SECONDS)
         self._step_s = self._histogram("step_seconds", "One step of the engine.", ("phase",), _FAST_SECONDS)
@@ -77,6 +78,10 @@ class Metrics:
     def decided(self, decision: RankDecision) -> None:
         """A rank was chosen."""
         self._decisions.labels(decision.policy, decision.reason.value, str(decision.rank)).inc()
+
+    def slo(self, policy: str, met: str) -> None:
+        """A request with objectives ended; `met` is true, false, or refused where they could not be met."""
+        self._slo.labels(policy, met).inc()
 
     def refused(self) -> None:
         """A request was answered with an error before the engine took it. Its names may be made up: no label."""

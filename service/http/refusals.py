@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from service.errors import InvalidRequest, KeyOverLimit, NoKey, QueueFull, WrongScope
+from service.errors import InvalidRequest, KeyOverLimit, NoKey, QueueFull, SloUnattainable, WrongScope
 from service.http.error_table import ErrorKind, kind_of, openai_body
 from service.http.services import Services
 
@@ -15,12 +15,18 @@ NOBODY_TO_ANSWER = 499
 
 
 def refuse(
-    scope: Scope, kind: ErrorKind, message: str, headers: Mapping[str, str] | None = None, param: str | None = None
+    scope: Scope,
+    kind: ErrorKind,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    param: str | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> JSONResponse:
     """The answer to a request that is not served as it stands, counted by its kind.
 
     Args:
         param: the field that is to blame, where there is one.
+        facts: more fields of the body, for programs to read.
     """
     services: Services = scope["app"].state.services
     if kind.status != NOBODY_TO_ANSWER:
@@ -31,13 +37,16 @@ def refuse(
     body = (
         openai_body(message, kind, param) if scope["path"].startswith("/v1/") else {"error": message, "error_type": kind.type}
     )
-    return JSONResponse(body, kind.status, dict(headers or {}))
+    return JSONResponse({**body, **(facts or {})}, kind.status, dict(headers or {}))
 
 
 def refuse_error(scope: Scope, error: Exception) -> JSONResponse:
     """The answer to an error of either tree."""
     param = error.field if isinstance(error, InvalidRequest) else None
-    return refuse(scope, kind_of(error), str(error), _headers(scope, error), param)
+    facts = {}
+    if isinstance(error, SloUnattainable):
+        facts = {"attainable": {"rank": error.rank, **{name: round(ms, 2) for name, ms in error.attainable._asdict().items()}}}
+    return refuse(scope, kind_of(error), str(error), _headers(scope, error), param, facts)
 
 
 def _headers(scope: Scope, error: Exception) -> dict[str, str]:
@@ -49,7 +58,9 @@ def _headers(scope: Scope, error: Exception) -> dict[str, str]:
             return {"WWW-Authenticate": f'Bearer realm="dylora", error="insufficient_scope", scope="{error.needed}"'}
         case KeyOverLimit():
             return {"Retry-After": str(error.retry_after_s)}
-        case QueueFull():
+        case SloUnattainable(is_for_good=True):
+            return {}
+        case QueueFull() | SloUnattainable():
             services: Services = scope["app"].state.services
             stats = services.engine.stats()
             return {"Retry-After": str(services.drain_rate.retry_after_s(stats.running, stats.waiting))}

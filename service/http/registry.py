@@ -13,13 +13,14 @@ from typing import Protocol
 
 from adapters.adapter import Adapter
 from adapters.errors import AdapterBusy, AdapterError, InvalidName
-from adapters.nesting import export_rank
+from adapters.nesting import energy_per_rank, export_rank
 from adapters.quality import QualityProfile
 from adapters.store.archive import pack_zip
 from adapters.store.store import AdapterStore
 from adapters.store.stored import StoredAdapter, check_name
 from service.core import AdapterChoice, EngineProtocol
 from service.errors import AdapterUnfit, NameTaken, NotReady, UnknownAdapter
+from service.quality_curve import energy_prior
 from service.rank_policy import RankFacts
 
 RESERVED_NAMES = ("other",)
@@ -306,7 +307,10 @@ class AdapterRegistry:
     def _facts(self, stored: StoredAdapter, adapter: Adapter) -> RankFacts:
         config = stored.config
         parameters = {rank: parameters_at(adapter, rank) for rank in config.ranks}
-        return RankFacts(config.ranks, stored.quality, parameters, self._engine.model.parameters)
+        prior = None
+        if stored.quality is None and adapter.modules:
+            prior = energy_prior(energy_per_rank(adapter).mean, config.ranks)
+        return RankFacts(config.ranks, stored.quality, parameters, self._engine.model.parameters, prior)
 
 
 def _ready(stored: StoredAdapter, facts: RankFacts) -> ServedAdapter:

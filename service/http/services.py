@@ -5,6 +5,7 @@ from threading import Event
 
 from service.core import EngineProtocol
 from service.errors import Draining
+from service.http.auto_rank import AutoRank
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
 from service.http.registry import AdapterRegistry
@@ -23,6 +24,7 @@ class Services:
     metrics: Metrics
     policies: PolicyBook
     tenants: Tenants
+    auto_rank: AutoRank
     drain_rate: DrainRate = field(default_factory=DrainRate)
     """How fast generations end, for Retry-After."""
     draining: Event = field(default_factory=Event)

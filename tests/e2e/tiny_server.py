@@ -24,7 +24,7 @@ KIND = "llama"
 CONTEXT = 8192
 """Long, so that a test can hold a request in flight for as long as it needs."""
 PROMPT = "name[The Vaults], food[Italian], area[riverside] => "
-SMALL = {"kv_cache_bytes": "16MiB", "merged_cache_bytes": "4MiB", "threads": 1, "log_level": "warning"}
+SMALL = {"kv_cache_bytes": "16MiB", "merged_cache_bytes": "4MiB", "threads": 1, "log_level": "warning", "latency_sweep_s": 0}
 """Settings that keep a test's server small."""
 
 
