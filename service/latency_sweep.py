@@ -78,7 +78,7 @@ def sweep(
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
-    """Send the plan's waves, twice, until the time is over.
+    """Send the plan's waves, until the time is over.
 
     Args:
         engine: started; the latency model is its observer.
@@ -91,16 +91,15 @@ def sweep(
         The number of waves sent.
     """
     ends_at = time.monotonic() + seconds
-    waves = [*PLAN, *PLAN]
     rng = random.Random(0)
     with synthetic_adapters(engine, count=MAX_ADAPTERS, rank=RANKS[0]) as versions:
-        for done, wave in enumerate(waves):
+        for done, wave in enumerate(PLAN):
             if should_stop() or time.monotonic() > ends_at:
                 return done
             if wave.adapters <= len(versions):
                 _send(engine, wave, min(wave.rows, max_running), versions, rng)
-            progress(done + 1, len(waves))
-    return len(waves)
+            progress(done + 1, len(PLAN))
+    return len(PLAN)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def test_the_verdict_is_measured_from_arrival(server: Server, slo: Slo, is_met: 
     with sequence.in_flight():
         pass
     sequence.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.BASE))
-    assert measurement.is_met is None
+    assert str(measurement.is_met) == "None"
     sequence.on_event(Finished("id", FinishReason.LENGTH, "x", Mode.BASE, Usage(5, 1, 0.0, 0.1, 0.1)))
     assert measurement.is_met is is_met
     assert server.metric("dylora_slo_total", policy="p", met=str(is_met).lower()) == 1
@@ -158,7 +158,12 @@ def test_key_adapter_and_server_have_policies_of_their_own(tmp_path: Path) -> No
     policies = json.dumps({"quick": quick, "lax": {"kind": "latency", "ttft_slo_ms": LOOSE_MS}})
     stored = {"demo": adapter(), "own": replace(adapter(seed=2), quality=PROFILE)}
     keys = {key.name: key for key in (make_key("alice", rank_policy="quick"), make_key("bob"))}
-    settings = {"policies": policies, "adapter_policies": '{"own": "lax"}', "latency_slo_ms": 1e6, "default_policy": "latency"}
+    settings: dict[str, Any] = {
+        "policies": policies,
+        "adapter_policies": '{"own": "lax"}',
+        "latency_slo_ms": 1e6,
+        "default_policy": "latency",
+    }
     with in_process(tmp_path, stored=stored, api_keys_file=write_keys(tmp_path / "keys", *keys.values()), **settings) as server:
         server.services.auto_rank.model.adopt(known_statistics())
 
