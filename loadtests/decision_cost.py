@@ -1,7 +1,8 @@
 """What choosing a rank costs: microseconds of one decision by the latency policy, beside loads of 0 to 64 requests.
 
 One JSON line per load: everything between a request that is tokenised and its rank, for an adapter with 64 legal ranks, a
-third of the requests in flight with objectives of their own. Seconds of the processor, not of the clock: others may use it meanwhile. No server and no model is needed.
+third of the requests in flight with objectives of their own. Seconds of the processor, not of the clock: others may use it
+meanwhile. No server and no model is needed.
 """
 
 import argparse

@@ -139,6 +139,9 @@ class Settings(BaseSettings):
     latency_cache_dir: Path = Field(
         default_factory=lambda: Path(user_cache_dir("dylora")) / "latency", description="folder of what sweeps have measured"
     )
+    shadow_share: float = Field(
+        0, ge=0, le=1, description="share of answers below the full rank that are scored at it while the server is idle"
+    )
     adapter_policies: Annotated[dict[str, str], NoDecode] = Field(
         default_factory=dict, description='an adapter\'s own default policy, JSON: {"mr-to-text": "latency"}'
     )

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     (
         "around the engine",
         "service.http",
-        "error_table metrics registry limits tenants auto_rank measurement services stream tracking uploads",
+        "error_table metrics registry limits tenants auto_rank measurement shadow services stream tracking uploads",
     ),
     ("requests", "service.http", "not_served schemas selection validation_text arrival fan_out choice generation answers"),
     ("asgi", "service.http", "refusals auth middleware disconnect connection"),

@@ -20,6 +20,7 @@ NAMES = {
     "dylora_tokens",
     "dylora_rank_decisions",
     "dylora_slo",
+    "dylora_shadow_divergence",
     "dylora_refused",
     "dylora_adapter_quality",
     "dylora_merged_cache_hits",

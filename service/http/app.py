@@ -25,6 +25,7 @@ from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
 from service.http.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
 from service.http.registry import AdapterRegistry, ServedAdapter
 from service.http.services import Services
+from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
 from service.http.validation_text import describe
 from service.latency_model import LatencyModel
@@ -57,7 +58,8 @@ def create_app(
     registry = AdapterRegistry(store, engine, metrics)
     sizes = EngineSizes(settings.max_running_requests, settings.max_batch_tokens, settings.prefill_chunk_tokens)
     auto_rank = AutoRank(latency or LatencyModel(), engine, sizes, Margins(settings.slo_target))
-    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, auto_rank)
+    shadow = ShadowScorer(engine, metrics, settings.shadow_share)
+    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, auto_rank, shadow)
     metrics.watch(engine.stats, registry.counts)
     app = FastAPI(
         title="dylora-serve",

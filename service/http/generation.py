@@ -2,6 +2,8 @@
 
 import asyncio
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from anyio import CapacityLimiter, to_thread
@@ -16,6 +18,7 @@ from service.http.registry import ServedAdapter
 from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
 from service.http.selection import select
 from service.http.services import Services
+from service.http.shadow import Followed
 from service.http.stream import EventStream
 from service.http.tracking import RequestTracker, TrackedRequest
 from service.rank_policy import RankDecision
@@ -83,6 +86,7 @@ async def submit(services: Services, body: GenerateRequest, arrival: Arrival) ->
         chosen = choose(services, selection, caller, ask, arrived_at)
         adapter, decision = chosen.adapter, chosen.decision
         choice = adapter.choice(decision.rank) if adapter and decision else None
+        full = adapter.choice(adapter.facts.ranks[-1]) if adapter else None
         name = adapter.name if adapter else None
         tracked = TrackedRequest(arrival.request_id, name, chosen.rank, len(prompt_ids), caller.name)
         measurement = chosen.measurement(services, arrived_at)
@@ -94,6 +98,7 @@ async def submit(services: Services, body: GenerateRequest, arrival: Arrival) ->
                     GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice),
                     RequestTracker(services.metrics, tracked, services.drain_rate),
                     measurement.sequence(chosen.version, ask),
+                    services.shadow.follow(name, prompt_ids, choice, full),
                     max_unread,
                 )
                 for sampling in samplings
@@ -117,13 +122,20 @@ def _stream(
     request: GenerationRequest,
     tracker: RequestTracker,
     measured: SequenceMeasurement,
+    followed: Followed,
     max_unread: int | None,
 ) -> EventStream:
     def on_event(event: Event) -> None:
         measured.on_event(event)
         tracker.on_event(event)
+        followed.on_event(event)
 
-    return EventStream(services.engine, request, on_event, max_unread, measured.in_flight)
+    @contextmanager
+    def submitting() -> Iterator[None]:
+        with measured.in_flight(), followed.in_flight():
+            yield
+
+    return EventStream(services.engine, request, on_event, max_unread, submitting)
 
 
 def _sequences(sampling: SamplingParams, count: int) -> tuple[SamplingParams, ...]:

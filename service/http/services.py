@@ -9,6 +9,7 @@ from service.http.auto_rank import AutoRank
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
 from service.http.registry import AdapterRegistry
+from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
 from service.policies import PolicyBook
 from service.settings import Settings
@@ -25,6 +26,7 @@ class Services:
     policies: PolicyBook
     tenants: Tenants
     auto_rank: AutoRank
+    shadow: ShadowScorer
     drain_rate: DrainRate = field(default_factory=DrainRate)
     """How fast generations end, for Retry-After."""
     draining: Event = field(default_factory=Event)
