@@ -34,7 +34,7 @@ def main() -> None:
         while in_flight < load:
             due_at = time.monotonic() + 1e6 if in_flight % 3 == 0 else None
             request = InFlight(f"adapter-{in_flight % 32}", RANKS[in_flight % 64], 40, 60, due_at)
-            auto_rank.book.add(request)
+            auto_rank.book.add(request, time.monotonic())
             auto_rank.book.token(request)
             in_flight += 1
         seconds = []

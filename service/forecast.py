@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from service.core import Mode
 from service.latency_model import LatencyModel, StepTime
-from service.load import Load
+from service.load import Load, Traffic
 from service.slo import Times
 
 
@@ -29,12 +29,42 @@ class Ask:
 
 
 @dataclass(frozen=True)
+class Alike:
+    """The step that a request will share with those that arrive next, if all are given the same rank.
+
+    One request's columns hardly move a step that 32 adapters share, yet all of them together more than double it; and a slower
+    step holds more requests, which make it slower still. By Little's law the others in flight are `arriving tokens * step`, so
+
+        step = base + slope * tokens_per_s * step + reading_s * prompt_tokens_per_s * step
+
+    where `base` is a step of one row and `slope` what each further row adds, all three rising with the rank.
+
+    Attributes:
+        traffic: what arrives.
+        base: a step of one row.
+        slope: what one row more adds.
+        reading: what one prompt token adds.
+    """
+
+    traffic: Traffic
+    base: StepTime
+    slope: StepTime
+    reading: StepTime
+
+    def step_s(self, rank: int) -> float:
+        """Its seconds at a rank. Where more arrives than can be served there is no such step: then very many."""
+        columns = rank * max(1, self.traffic.adapters)
+        taken = self.traffic.new_tokens_per_s * self.slope.at(columns, rank)
+        taken += self.traffic.prompt_tokens_per_s * self.reading.at(columns, rank)
+        return self.base.at(columns, rank) / max(1 - taken, _LEAST_FREE)
+
+
+_LEAST_FREE = 0.02
+
+
+@dataclass(frozen=True)
 class Forecast:
     """The times of one request, at any rank that it may be given; none falls as the rank rises.
-
-    A rank that is chosen by load is chosen alike for those that arrive next. One request's columns hardly move a step that
-    32 adapters share, and yet all of them together more than double it: so with `following` the adapters in flight are taken
-    to move that far from the ranks they have to the one that is asked for.
 
     Attributes:
         ask: the request.
@@ -44,7 +74,7 @@ class Forecast:
         reading_steps: their number, at least 1; a fraction for the step that runs when it arrives.
         others_tokens: prompt tokens that are read before its own.
         waiting_gaps: steps that it waits for a place among the running.
-        following: from 0, where others keep their ranks, to 1.
+        alike: what the step becomes if all that arrive are given its rank; None where others' ranks do not follow its own.
     """
 
     ask: Ask
@@ -54,7 +84,7 @@ class Forecast:
     reading_steps: float
     others_tokens: int
     waiting_gaps: float
-    following: float = 0.0
+    alike: Alike | None = None
 
     def at(self, rank: int) -> Times:
         """Its times at a rank, 0 for the base."""
@@ -65,29 +95,29 @@ class Forecast:
         return self._times(rank, self.ask.least_tokens)
 
     def step_s(self, rank: int) -> float:
-        """Seconds of a step once it generates: what the others feel of it."""
-        return self._lines[0].at(rank, self.load.own_rank)
+        """Seconds of a step while it generates: what the others feel of it.
+
+        While it runs, those that it finds end, and others take their places: in the mean half of them.
+        """
+        now_s = self._lines[0].at(rank, self.load.own_rank)
+        return now_s if self.alike is None else (now_s + self.alike.step_s(rank)) / 2
 
     def _times(self, rank: int, tokens: int) -> Times:
-        gap, first = self._lines
-        gap_ms = 1000 * gap.at(rank, self.load.own_rank)
-        first_ms = 1000 * first.at(rank, self.load.own_rank)
+        gap_ms = 1000 * self.step_s(rank)
+        first_ms = 1000 * self._lines[1].at(rank, self.load.own_rank) + self.waiting_gaps * gap_ms
         return Times(first_ms, gap_ms, first_ms + (tokens - 1) * gap_ms)
 
     @cached_property
     def _lines(self) -> tuple["_Line", "_Line"]:
-        """Seconds between two tokens, and to the first one."""
-        load, keep = self.load, 1 - self.following
-        in_flight = load.in_flight + 1
-        adapters = load.adapters + (load.own_rank == 0)
-        columns = _Line(keep * load.columns, self.following * adapters, keep)
-        row_ranks = _Line(keep * load.row_ranks, keep + self.following * in_flight, 0.0)
-        gap = _step_line(self.gap, columns, row_ranks)
+        """Seconds of a step now, and until its prompt is read."""
+        load = self.load
+        columns = _Line(load.columns, 0.0, 1.0)
+        row_ranks = _Line(load.row_ranks, 1.0, 0.0)
         # `reading` is a sum of steps, in which prompt tokens enter by the mean of their ranks.
-        others_share = self.others_tokens / in_flight / self.reading_steps
+        others_share = self.others_tokens / (load.in_flight + 1) / self.reading_steps
         of_prompts = _Line(0.0, self.ask.prompt_tokens / self.reading_steps, 0.0)
-        reading = _step_line(self.reading, columns, row_ranks.plus(row_ranks, others_share).plus(of_prompts, 1.0))
-        return gap, reading.plus(gap, self.waiting_gaps)
+        prompt_ranks = row_ranks.plus(row_ranks, others_share).plus(of_prompts, 1.0)
+        return _step_line(self.gap, columns, row_ranks), _step_line(self.reading, columns, prompt_ranks)
 
 
 class _Line(NamedTuple):
@@ -111,6 +141,33 @@ class _Line(NamedTuple):
         )
 
 
+def alike(model: LatencyModel, load: Load, context_tokens: float, mode: Mode) -> Alike | None:
+    """What the model says of a step that all share who arrive; None while it has seen too little."""
+    traffic, rows = load.traffic, max(_SOME_ROWS, load.in_flight)
+    of_one = context_tokens / (load.in_flight + 1)
+
+    def step(rows: int, prefill_tokens: int) -> StepTime | None:
+        return model.step_time(
+            mode,
+            decode_rows=rows,
+            prefill_tokens=prefill_tokens,
+            context_tokens=of_one * rows,
+            adapters=min(rows, traffic.adapters),
+        )
+
+    one, many, with_prompt = step(1, 0), step(rows, 0), step(rows, _SOME_ROWS)
+    if one is None or many is None or with_prompt is None:
+        return None
+    return Alike(traffic, one, _slope(one, many, rows - 1), _slope(many, with_prompt, _SOME_ROWS))
+
+
+_SOME_ROWS = 16
+
+
+def _slope(less: StepTime, more: StepTime, steps: int) -> StepTime:
+    return StepTime(*(max(0.0, high - low) / steps for low, high in zip(less, more, strict=True)))
+
+
 def _step_line(step: StepTime, columns: _Line, row_ranks: _Line) -> _Line:
     return _Line(step.fixed_s, 0.0, 0.0).plus(columns, step.per_column_s).plus(row_ranks, step.per_row_rank_s)
 
@@ -119,8 +176,7 @@ def forecast(model: LatencyModel, ask: Ask, load: Load, sizes: EngineSizes, mode
     """Predict a request that arrives now, if its steps run in this mode; None while the model has seen too little.
 
     Prompts are read in the order of arrival, in chunks beside the rows that generate; a request for which there is no
-    place waits until those before it have ended, which do so at the rate of Little's law. Requests that will arrive later
-    are not foreseen: the margin that is put on a forecast covers them.
+    place waits until those before it have ended, which do so at the rate of Little's law.
     """
     rows = min(load.in_flight, sizes.max_running - 1)
     decoding = min(load.decoding, sizes.max_running - 1)

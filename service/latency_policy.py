@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from service.errors import SloUnattainable
-from service.forecast import Forecast
+from service.forecast import Alike, Forecast
 from service.slo import Slo, Times
 
 NOTHING_GAINED = 0.02
@@ -24,6 +24,7 @@ class Outlook:
         forecast: its times beside what is in flight.
         merged: its times if its steps run with merged weights, which do not depend on the rank.
         merged_ranks: the ranks at which they would: merged already, and nothing else in flight.
+        alike: how steps become if those that arrive next are given its rank as well.
         idle: its forecast if nothing else were in flight.
         margins: factors that make a forecast safe.
         elapsed_ms: since its arrival.
@@ -31,14 +32,15 @@ class Outlook:
 
     forecast: Forecast
     margins: Times
+    alike: Callable[[], Alike | None]
     idle: Callable[[], Forecast | None]
     merged: Forecast | None = None
     merged_ranks: frozenset[int] = frozenset()
     elapsed_ms: float = 0.0
 
     def with_others_following(self) -> "Outlook":
-        """The same for a choice that those who arrive next will make alike, half of them while this request runs."""
-        return replace(self, forecast=replace(self.forecast, following=0.5))
+        """The same for a choice that those who arrive next will make alike."""
+        return replace(self, forecast=replace(self.forecast, alike=self.alike()))
 
     def at(self, rank: int) -> Times:
         """Its predicted times at a rank, from its arrival."""

@@ -1,8 +1,14 @@
 """What is in flight, as far as it tells how long the engine's next steps will take."""
 
+import math
 import threading
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+TRAFFIC_S = 5.0
+"""How long an arrival counts: short enough to notice a step of load, long enough to tell a rate."""
+_MOST_RECENT = 64
 
 
 @dataclass(eq=False)
@@ -32,6 +38,23 @@ class InFlight:
         return per_step if self.gap_s is None else min(per_step, self.gap_s)
 
 
+class Traffic(NamedTuple):
+    """The work that arrived lately, as rates that fade within `TRAFFIC_S`, and how many adapters share it.
+
+    Attributes:
+        new_tokens_per_s: the most that the requests that arrive may make.
+        prompt_tokens_per_s: of their prompts.
+        adapters: distinct ones among the last requests, as many as are in flight and four at least.
+    """
+
+    new_tokens_per_s: float = 0.0
+    prompt_tokens_per_s: float = 0.0
+    adapters: int = 0
+
+
+NO_TRAFFIC = Traffic()
+
+
 @dataclass(frozen=True)
 class Load:
     """The requests in flight, summed up for one that arrives.
@@ -48,6 +71,7 @@ class Load:
         own_rank: largest rank in flight of the adapter of the one that arrives; 0 for none.
         only_rank: its rank where all in flight are of that adapter and of one rank; None otherwise.
         step_limits_s: longest steps that requests with objectives can bear.
+        traffic: what arrived lately.
     """
 
     decoding: int = 0
@@ -61,6 +85,7 @@ class Load:
     own_rank: int = 0
     only_rank: int | None = None
     step_limits_s: tuple[float, ...] = ()
+    traffic: Traffic = NO_TRAFFIC
 
     @property
     def in_flight(self) -> int:
@@ -75,12 +100,20 @@ class LoadBook:
         self._lock = threading.Lock()
         self._ranks: dict[str | None, Counter[int]] = {}
         self._with_slo: set[InFlight] = set()
+        self._recent: deque[str | None] = deque(maxlen=_MOST_RECENT)
+        self._new_tokens_per_s = self._prompt_tokens_per_s = 0.0
+        self._arrived_at: float | None = None
         self._decoding = self._waiting = self._waiting_prompt_tokens = 0
         self._context_tokens = self._remaining_tokens = self._columns = self._row_ranks = 0
 
-    def add(self, request: InFlight) -> None:
-        """A request was submitted."""
+    def add(self, request: InFlight, now: float) -> None:
+        """A request is submitted at a moment of the clock that `due_at` is of."""
         with self._lock:
+            fade = self._fade(now)
+            self._new_tokens_per_s = fade * self._new_tokens_per_s + request.new_tokens / TRAFFIC_S
+            self._prompt_tokens_per_s = fade * self._prompt_tokens_per_s + request.prompt_tokens / TRAFFIC_S
+            self._arrived_at = now
+            self._recent.append(request.version)
             self._waiting += 1
             self._waiting_prompt_tokens += request.prompt_tokens
             self._remaining_tokens += request.new_tokens
@@ -122,6 +155,10 @@ class LoadBook:
         with self._lock:
             own = self._ranks.get(version)
             limits = [request.step_limit_s(now) for request in self._with_slo]
+            fade = self._fade(now)
+            last = list(self._recent)[-max(4, self._decoding + self._waiting) :]
+            adapters = len({each for each in last if each is not None})
+            traffic = Traffic(fade * self._new_tokens_per_s, fade * self._prompt_tokens_per_s, adapters)
             return Load(
                 decoding=self._decoding,
                 waiting=self._waiting,
@@ -134,7 +171,11 @@ class LoadBook:
                 own_rank=max(own) if own else 0,
                 only_rank=next(iter(own)) if own and len(own) == len(self._ranks) == 1 else None,
                 step_limits_s=tuple(limit for limit in limits if limit is not None),
+                traffic=traffic,
             )
+
+    def _fade(self, now: float) -> float:
+        return 1.0 if self._arrived_at is None else math.exp(-max(0.0, now - self._arrived_at) / TRAFFIC_S)
 
     def _count(self, request: InFlight, one: int) -> None:
         self._row_ranks += one * request.rank

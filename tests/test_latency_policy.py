@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from adapters.quality import Metric, QualityProfile
 from service.core import Mode
 from service.errors import InvalidRequest, SloUnattainable
-from service.forecast import Ask, EngineSizes, Forecast, forecast
+from service.forecast import Ask, EngineSizes, Forecast, alike, forecast
 from service.latency_model import LatencyModel
 from service.latency_policy import Outlook, best_rank
-from service.load import Load
+from service.load import Load, Traffic
 from service.policies import Policy, PolicyBook, PolicyKind, RankBounds, WhenUnattainable
 from service.quality_curve import ENERGY_PRIOR, energy_prior, quality_by_rank
 from service.rank_policy import RankDecision, RankFacts, RankReason, RankWish, decide
@@ -25,10 +25,18 @@ RISING = {rank: float(rank) for rank in RANKS}
 EXACT = Times(1.0, 1.0, 1.0)
 MODEL = known_model()
 ASK = Ask(40, 30, 30)
-BUSY = Load(decoding=31, context_tokens=2000, remaining_tokens=600, columns=2000, row_ranks=2000, adapters=31)
+BUSY = Load(
+    decoding=31,
+    context_tokens=2000,
+    remaining_tokens=600,
+    columns=2000,
+    row_ranks=2000,
+    adapters=31,
+    traffic=Traffic(700.0, 900.0, 24),
+)
 
 LOADS = st.builds(
-    lambda decoding, waiting, prompt, context, columns, own, limits: Load(
+    lambda decoding, waiting, prompt, context, columns, own, limits, traffic: Load(
         decoding,
         waiting,
         prompt * waiting,
@@ -39,6 +47,7 @@ LOADS = st.builds(
         min(8, decoding + waiting),
         own if decoding + waiting else 0,
         step_limits_s=tuple(limits),
+        traffic=traffic,
     ),
     st.integers(0, 80),
     st.integers(0, 20),
@@ -47,6 +56,7 @@ LOADS = st.builds(
     st.integers(0, 2000),
     st.sampled_from([0, 1, 8, 64]),
     st.lists(st.floats(0.001, 1), max_size=3),
+    st.builds(Traffic, st.floats(0, 2000), st.floats(0, 2000), st.integers(0, 32)),
 )
 ASKS = st.builds(Ask, st.integers(1, 300), st.integers(1, 100))
 SLOS = st.builds(Slo, *[st.none() | st.floats(1, 1e4)] * 3)
@@ -59,6 +69,7 @@ def outlook(load: Load = BUSY, ask: Ask = ASK, margins: Times = EXACT, merged: f
     return Outlook(
         made,
         margins,
+        alike=lambda: alike(MODEL, load, load.context_tokens + 50.0, Mode.MIXED),
         idle=lambda: forecast(MODEL, ask, Load(), SIZES, Mode.MIXED),
         merged=forecast(MODEL, ask, load, SIZES, Mode.MERGED) if merged else None,
         merged_ranks=merged,

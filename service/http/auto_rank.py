@@ -1,10 +1,11 @@
 """The server's knowledge of its own latency: what is predicted of a request, and what came of it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.core import EngineProtocol, Mode
-from service.forecast import Ask, EngineSizes, forecast
+from service.forecast import Ask, EngineSizes, alike, forecast
 from service.latency_model import LatencyModel
 from service.latency_policy import Outlook
 from service.load import Load, LoadBook
@@ -19,6 +20,7 @@ class AutoRank:
         model: an observer of the engine.
         engine: asked which weights are merged.
         book: the requests in flight.
+        clock: seconds that only grow; all moments are of it.
     """
 
     model: LatencyModel
@@ -26,14 +28,15 @@ class AutoRank:
     sizes: EngineSizes
     margins: Margins = field(default_factory=Margins)
     book: LoadBook = field(default_factory=LoadBook)
+    clock: Callable[[], float] = time.monotonic
 
     def outlook(self, version: str | None, ask: Ask, arrived_at: float) -> Outlook | None:
         """What is predicted of a request for an adapter, None for the base; None while nothing can be.
 
         Args:
-            arrived_at: moment of `time.monotonic`.
+            arrived_at: moment of `clock`.
         """
-        now = time.monotonic()
+        now = self.clock()
         load = self.book.view(version, now)
         idle_mode = Mode.BASE if version is None else Mode.MIXED
         mode = Mode.MIXED if load.columns else idle_mode
@@ -44,6 +47,7 @@ class AutoRank:
         return Outlook(
             forecast=beside,
             margins=self.margins.at(load.in_flight),
+            alike=lambda: alike(self.model, load, load.context_tokens + ask.prompt_tokens + ask.new_tokens / 2, mode),
             idle=lambda: forecast(self.model, ask, Load(), self.sizes, idle_mode),
             merged=forecast(self.model, ask, load, self.sizes, Mode.MERGED) if merged_ranks else None,
             merged_ranks=merged_ranks,

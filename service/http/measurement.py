@@ -1,7 +1,6 @@
 """What came of a request's latency: the verdict on its objectives, and what later forecasts learn from it."""
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +21,7 @@ class Measurement:
         rank: the one that it is served at, 0 for the base.
         predicted: its times, where they could be.
         in_flight: requests that it found in flight.
-        arrived_at: moment of `time.monotonic`.
+        arrived_at: moment of `auto_rank.clock`.
     """
 
     def __init__(
@@ -41,6 +40,7 @@ class Measurement:
         self.rank = rank
         self.arrived_at = arrived_at
         self.book = auto_rank.book
+        self.clock = auto_rank.clock
         self.predicted = predicted
         self.is_met: bool | None = None
         """Whether the objectives were met; None until all has ended, and for good where the client ended it."""
@@ -87,7 +87,9 @@ class SequenceMeasurement:
     @contextmanager
     def in_flight(self) -> Iterator[None]:
         """Around its submission: it counts as in flight from here on, unless the block raises."""
-        self._request.book.add(self._in_flight)  # before, because its first event may come before `submit` returns
+        self._request.book.add(
+            self._in_flight, self._request.clock()
+        )  # before, because its first event may come before `submit` returns
         try:
             yield
         except BaseException:
@@ -96,7 +98,7 @@ class SequenceMeasurement:
 
     def on_event(self, event: Event) -> None:
         """Take note of an event."""
-        now = time.monotonic()
+        now = self._request.clock()
         if isinstance(event, TokenEvent):
             self._first_token_at = self._first_token_at or now
             self._request.book.token(self._in_flight)

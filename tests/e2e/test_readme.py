@@ -47,7 +47,7 @@ def test_a_block_of_the_library_runs(language: str, block: str, tmp_path: Path) 
 
 
 def test_the_two_answers_are_what_the_demo_says(demo: ServerProcess) -> None:
-    assert len(CURL_BLOCKS) == 2
+    assert len(CURL_BLOCKS) == 3
     assert README.count(PROMPT) == 2
     for rank in (1, 16):
         parameters = {"adapter_id": "mr-to-text", "rank": rank, "max_new_tokens": 60}
