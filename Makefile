@@ -26,7 +26,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-slow test-gpu check lint types format demo-model paper bench slo lock clean
+.PHONY: help setup serve test test-slow test-gpu docker-test check lint types format demo-model paper bench slo lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,16 +45,20 @@ test: $(READY) ## Run the whole test suite, apart from what is marked slow or gp
 	$(PYTEST) -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## Run the tests that take minutes
-	$(PYTEST) -m "slow and not gpu" --timeout 1800 $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not docker" --timeout 1800 $(ARGS)
 
 test-gpu: $(READY) ## Run the tests that need a CUDA device
 	$(PYTEST) -m gpu --timeout 1800 $(ARGS)
+
+docker-test: $(READY) ## Build the image, run it and its Prometheus with podman (Debian: podman buildah runc prometheus mmdebstrap ..)
+	$(PYTEST) -m docker --timeout 3000 $(ARGS) tests/containers
 
 check: lint types test ## All that must pass before a merge: lint, types, tests
 
 lint: $(READY) ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
 format: $(READY) ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .

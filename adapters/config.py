@@ -29,6 +29,7 @@ class AdapterConfig:
         rslora: divide alpha by sqrt(rank) instead of rank (arXiv 2312.03732); DyLoRA only.
         ranks: the legal ranks in ascending order, all of 1..r_max unless given.
         base_model: the base model's name as the checkpoint states it. Often null or a path: never used to find a file.
+        labels: the classes of a classifier in the order of its head's outputs; empty where they aren't known.
     """
 
     kind: AdapterKind
@@ -37,6 +38,7 @@ class AdapterConfig:
     rslora: bool = False
     ranks: tuple[int, ...] = field(default=())
     base_model: str | None = None
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.r_max < 1:

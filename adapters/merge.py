@@ -68,13 +68,17 @@ def weight_update(module: nn.Module, factors: LowRank, rank: int) -> Tensor:
     return b @ a if isinstance(module, nn.Linear) else (b @ a).T
 
 
-def check_fits(model: nn.Module, adapter: Adapter) -> None:
+def check_fits(model: nn.Module, adapter: Adapter, *, adds_biases: bool = False) -> None:
     """Compare names and shapes; a model's name is not looked at.
+
+    Args:
+        adds_biases: LoRA's own biases may stand where the base model has none.
 
     Raises:
         InvalidAdapter: with every module and parameter that does not fit.
     """
-    problems = [*_unfit_modules(model, adapter), *_unfit_parameters(model, adapter)]
+    biases = adapter.base_bias if adds_biases else {**adapter.lora_bias, **adapter.base_bias}
+    problems = [*_unfit_modules(model, adapter), *_unfit_parameters(model, biases, adapter.saved_modules)]
     if problems:
         raise InvalidAdapter(problems)
 
@@ -98,10 +102,9 @@ def _unfit_modules(model: nn.Module, adapter: Adapter) -> Iterator[str]:
                 yield f"{path}: made for out, in = {given}, the base model has {needed}"
 
 
-def _unfit_parameters(model: nn.Module, adapter: Adapter) -> Iterator[str]:
+def _unfit_parameters(model: nn.Module, biases: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Iterator[str]:
     own = dict(model.named_parameters(remove_duplicate=False))
-    biases: Mapping[str, Tensor] = {**adapter.lora_bias, **adapter.base_bias}
-    for name, value in ({f"{path}.bias": bias for path, bias in biases.items()} | dict(adapter.saved_modules)).items():
+    for name, value in ({f"{path}.bias": bias for path, bias in biases.items()} | dict(saved)).items():
         if name not in own:
             yield f"{name}: the base model has no such parameter"
         elif own[name].shape != value.shape:

@@ -1,9 +1,7 @@
 """A base model and an adapter at one rank, written as one ordinary transformers model."""
 
 import hashlib
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from transformers.utils import cached_file
 from adapters.adapter import Adapter, LowRank
 from adapters.errors import AdapterError
 from adapters.merge import check_fits, merge, replace_parameters
+from adapters.pretrained_model import quiet, refused
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -52,6 +51,9 @@ def export_merged(adapter: Adapter, rank: int, base: str, folder: Path, dtype: t
     adapter.config.check_rank(rank)
     model = load_base(base, adapter)
     check_fits(model, adapter)
+    if adapter.config.labels:
+        model.config.id2label = dict(enumerate(adapter.config.labels))
+        model.config.label2id = {label: i for i, label in enumerate(adapter.config.labels)}
     dtypes = {name: tensor.dtype for name, tensor in _numbers(model)}
     usual_dtype = model.dtype
     for _, tensor in _numbers(model):
@@ -63,12 +65,12 @@ def export_merged(adapter: Adapter, rank: int, base: str, folder: Path, dtype: t
             tensor.data = tensor.data.to(dtype or dtypes.get(name, usual_dtype))  # what was untied has a new name
             if not tensor.isfinite().all():
                 raise AdapterError(f"{name}: too large for {str(tensor.dtype).removeprefix('torch.')}; choose another dtype")
-    with _quiet(), _refused(f"the merged model of {base!r} can't be written"):
+    with quiet(), refused(f"the merged model of {base!r} can't be written"):
         model.save_pretrained(folder)
         _save_tokenizer(base, folder)
     kind, expected = type(model), _digests(model)
     del model  # two copies of a large model need not fit into memory
-    with _quiet(), _refused(f"the merged model of {base!r} can't be read back"):
+    with quiet(), refused(f"the merged model of {base!r} can't be read back"):
         found = _digests(kind.from_pretrained(folder, dtype="auto", use_safetensors=True))
     changed = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     if changed:
@@ -101,7 +103,7 @@ def load_base(name: str, adapter: Adapter) -> PreTrainedModel:
     Raises:
         AdapterError: it can't be loaded, is quantised, or lacks weights that the adapter does not bring either.
     """
-    with _quiet(), _refused(f"model {name!r} can't be loaded"):
+    with quiet(), refused(f"model {name!r} can't be loaded"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise AdapterError(
@@ -109,7 +111,7 @@ def load_base(name: str, adapter: Adapter) -> PreTrainedModel:
             "it was made from, then quantise the result"
         )
     loader = _class_for(name, config, adapter)
-    with _quiet(), _refused(f"model {name!r} can't be loaded"):
+    with quiet(), refused(f"model {name!r} can't be loaded"):
         _size_head(config, loader, adapter)
         model, info = loader.from_pretrained(
             name, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -210,29 +212,3 @@ def _has_file(base: str, name: str) -> bool:
         return cached_file(base, name) is not None
     except OSError:
         return False
-
-
-@contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """Whatever transformers raises for a model it can't use, in one line."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        lines = str(error).strip().splitlines()
-        raise AdapterError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report of a new classifier, whose weights the adapter brings; bars on a terminal only."""
-    log = transformers.utils.logging
-    verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    if not sys.stderr.isatty():
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if has_bars:
-            log.enable_progress_bar()

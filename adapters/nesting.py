@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter, LowRank
 from adapters.checkpoint.peft_writer import write_checkpoint, write_peft
-from adapters.config import AdapterConfig, AdapterKind
+from adapters.config import AdapterKind
 from adapters.errors import InvalidAdapter
 
 
@@ -39,9 +39,7 @@ def renest(adapter: Adapter) -> Adapter:
     if overflown:
         raise InvalidAdapter([f"{path}: the update is too large for float32" for path in sorted(overflown)])
     r_max = max(module.rank for module in modules.values())
-    config = AdapterConfig(
-        kind=AdapterKind.RENESTED, r_max=r_max, alpha=adapter.config.alpha, base_model=adapter.config.base_model
-    )
+    config = replace(adapter.config, kind=AdapterKind.RENESTED, r_max=r_max, ranks=())
     quality = adapter.quality if r_max == adapter.config.r_max else None
     return replace(adapter, config=config, modules=modules, quality=quality)
 
@@ -97,12 +95,8 @@ def _cut(module: LowRank, rank: int, scale: float) -> LowRank:
 
 
 def _plain_lora(adapter: Adapter, modules: Mapping[str, LowRank]) -> Adapter:
-    config = AdapterConfig(
-        kind=AdapterKind.LORA,
-        r_max=max(module.rank for module in modules.values()),
-        alpha=adapter.config.alpha,
-        base_model=adapter.config.base_model,
-    )
+    r_max = max(module.rank for module in modules.values())
+    config = replace(adapter.config, kind=AdapterKind.LORA, r_max=r_max, rslora=False, ranks=())
     return replace(adapter, config=config, modules=modules, quality=None)
 
 

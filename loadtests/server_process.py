@@ -50,7 +50,7 @@ class ServerProcess:
     """
 
     def __init__(self, settings: Mapping[str, object], log: Path, *, start_timeout_s: float = 90) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.start_s = 0.0
         self._log = log
@@ -139,7 +139,8 @@ class ServerProcess:
             return self.process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,8 +1,11 @@
 """The `dylora` command: the server's own commands, whose options are the fields of Settings, and the library's."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -55,6 +58,9 @@ def main(argv: Sequence[str] | None = None, make_engine: EngineFactory | None = 
         if command == "settings":
             print(_settings_table(settings))
             return 0
+        if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+            # Until the server sets its own. Without one, a container's first process would not even get the signal.
+            signal.signal(signal.SIGTERM, _end)
         # Late, because it imports torch: help, settings and their errors should come at once.
         from service import launch
 
@@ -63,6 +69,10 @@ def main(argv: Sequence[str] | None = None, make_engine: EngineFactory | None = 
         for line in str(error).splitlines():
             print(f"dylora: error: {line}", file=sys.stderr)
         return BAD_USAGE
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

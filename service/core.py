@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -63,7 +63,7 @@ class SamplingParams:
             no part of it is ever told, also while only its beginning has been generated.
         ignore_eos: go on after the end-of-sequence token.
         alternatives: how many of the most probable tokens to tell with every token.
-        prompt_logprobs: tell the log-probability of every token of the prompt.
+        prompt_logprobs: tell the log-probability of every token of the prompt, and its alternatives.
     """
 
     max_new_tokens: int = 20
@@ -140,11 +140,17 @@ class Alternative(NamedTuple):
 
 
 class PromptToken(NamedTuple):
-    """A token of the prompt, as `Alternative`. `logprob` is None for the first one, which follows nothing."""
+    """A token of the prompt, as `Alternative`. `logprob` is None for the first one, which follows nothing.
+
+    Attributes:
+        alternatives: the most probable tokens in its place, as `Token` has them.
+    """
 
     id: int
     text: str
     logprob: float | None
+    special: bool = False
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -353,8 +359,29 @@ class EngineProtocol(Protocol):
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait until what runs has ended; True if all ended in time."""
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, as the model's own tokenizer gives them."""
+    def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt, as the model's own tokenizer gives them.
+
+        Args:
+            with_special: with what the tokenizer puts around a text (a beginning of sequence, say).
+        """
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, by the tokenizer's chat template.
+
+        Args:
+            messages: each with a role and its content, perhaps a name.
+            add_generation_prompt: with the opening of the assistant's answer.
+            continue_final_message: leave the last message open, for the answer to go on from.
+
+        Raises:
+            InvalidRequest: the tokenizer has no chat template, or the template refuses the conversation.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, without the special ones."""
 
     def adaptable_modules(self) -> Mapping[str, tuple[int, int]]:
         """Paths of the linear modules inside the model's blocks, which adapters usually adapt, with their (in, out)."""

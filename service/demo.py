@@ -8,7 +8,7 @@ from adapters.demo import ARTIFACTS
 from adapters.errors import InvalidAdapter
 from adapters.json_file import read_json
 from adapters.store.store import AdapterStore
-from service.log import logger, pairs
+from service.log import entry, logger
 
 _RECORD = "demo-adapters.json"
 """A file in the store's folder: by adapter, the digest of the files that were shipped and the version they became."""
@@ -45,7 +45,7 @@ def preload(store: AdapterStore, store_folder: Path, folders: tuple[Path, ...]) 
         if known.get("shipped") == digest or not is_ours:
             continue
         record[name] = {"shipped": digest, "version": store.put(name, folder).version}
-        logger.info("%s", "demo adapter stored " + pairs(adapter=name))
+        logger.info(entry("demo adapter stored", adapter=name))
         count += 1
     if count:
         fresh = record_file.with_suffix(".new")

@@ -11,6 +11,8 @@ ServiceError
 ├── KeyOverLimit          the API key is over its requests in flight or per minute
 ├── NotReady              the server is still loading its adapters
 ├── QueueFull             the bounded queue of waiting requests is full
+├── TooManyJobs           too many calibrations wait
+├── UnknownJob            the request names a calibration that there is not
 ├── Draining              the server is shutting down and takes no new requests
 ├── SloUnattainable       the request's latency objectives can't be met; says what could be
 ├── DeadlinePassed        the request took longer than the client or the server allows
@@ -107,6 +109,20 @@ class QueueFull(ServiceError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"the queue is full ({limit} requests are waiting)")
+
+
+class TooManyJobs(ServiceError):
+    """Too many calibrations wait."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} calibrations are under way or waiting; try again when one has ended")
+
+
+class UnknownJob(ServiceError):
+    """The request names a calibration that there is not, or no more."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no calibration {job_id[:80]!r} of this adapter")
 
 
 class Draining(ServiceError):

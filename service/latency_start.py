@@ -7,7 +7,7 @@ from service.core import EngineProtocol
 from service.latency_cache import cache_path, read_statistics, write_statistics
 from service.latency_model import LatencyModel
 from service.latency_sweep import sweep
-from service.log import logger, pairs
+from service.log import entry, logger
 from service.settings import Settings
 
 
@@ -25,11 +25,11 @@ def prepare(model: LatencyModel, engine: EngineProtocol, settings: Settings, sho
     try:
         known = read_statistics(path)
     except ValueError as error:
-        logger.warning("%s", "the measured latencies can't be read, and are measured again " + pairs(error=error))
+        logger.warning(entry("the measured latencies can't be read, and are measured again", error=error))
         known = None
     if known is not None:
         model.adopt(known)
-        logger.info("%s", "latencies read " + pairs(file=path))
+        logger.info(entry("latencies read", file=path))
         return
     started = time.monotonic()
     done = sweep(
@@ -42,15 +42,15 @@ def prepare(model: LatencyModel, engine: EngineProtocol, settings: Settings, sho
     statistics = model.statistics()
     model.adopt(statistics)
     steps = int(sum(each.steps for each in statistics.values()))
-    logger.info("%s", "latencies measured " + pairs(waves=done, steps=steps, seconds=time.monotonic() - started))
+    logger.info(entry("latencies measured", waves=done, steps=steps, seconds=time.monotonic() - started))
     if should_stop() or not model.is_ready:
         return
     try:
         write_statistics(path, statistics)
     except OSError as error:
-        logger.warning("%s", "the measured latencies can't be kept " + pairs(error=error))
+        logger.warning(entry("the measured latencies can't be kept", error=error))
 
 
 def _log_progress(done: int, of: int) -> None:
     if done % 6 == 0:
-        logger.info("%s", "measuring latencies " + pairs(waves=done, of=of))
+        logger.info(entry("measuring latencies", waves=done, of=of))

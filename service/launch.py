@@ -1,8 +1,10 @@
 """Puts a server together from its settings, and runs it."""
 
+import sys
 from collections.abc import Callable
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from adapters.limits import CheckpointLimits
 from adapters.store.store import AdapterStore
@@ -14,6 +16,7 @@ from service.http import server
 from service.http.app import create_app
 from service.http.metrics import Metrics
 from service.http.tenants import Tenants
+from service.http.tracing import Tracing
 from service.latency_model import LatencyModel
 from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
 
@@ -25,27 +28,31 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
 
     Raises:
         ModelRefused: the model can't be served.
-        SettingsError: the adapters' folder or the API keys can't be used.
+        SettingsError: the adapters' folder, the API keys or what OTEL_ variables ask for can't be used.
         AdapterError: another process owns it.
     """
-    log.configure(settings.log_level)
-    tenants = Tenants.of(settings)
+    log.configure(settings.log_level, settings.log_format)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # it would be a line of the log
+    tenants, tracing = Tenants.of(settings), Tracing.from_environment()
     if tenants.is_open:
-        log.logger.info("%s", "no API keys: everybody who can connect may do everything " + log.pairs(host=settings.host))
+        log.logger.info(log.entry("no API keys: everybody who can connect may do everything", host=settings.host))
     with _open_store(settings) as store:
         metrics = Metrics(settings.metrics_max_adapters)
-        log.logger.info("%s", "loading model " + log.pairs(model=settings.model))
+        log.logger.info(log.entry("loading model", model=settings.model))
         latency = LatencyModel()
         engine = make_engine(settings, EngineObservers(metrics, latency))
-        facts = log.pairs(parameters=engine.model.parameters, device=engine.model.device, dtype=engine.model.dtype)
-        log.logger.info("%s", "model loaded " + facts)
+        model = engine.model
+        log.logger.info(log.entry("model loaded", parameters=model.parameters, device=model.device, dtype=model.dtype))
         if settings.demo_adapters and settings.model == DEMO_MODEL:
             demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
-        app = create_app(settings, engine, store, metrics, tenants, latency)
+        app = create_app(settings, engine, store, metrics, tenants, tracing, latency)
         try:
             return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
         finally:
             engine.stop()
+            if tracing is not None:
+                tracing.close()
 
 
 def _open_store(settings: Settings) -> AdapterStore:

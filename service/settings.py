@@ -55,6 +55,13 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 class SettingsError(Exception):
     """A setting that is unknown or has an illegal value; one line per offender."""
 
@@ -78,12 +85,14 @@ class Settings(BaseSettings):
     )
     api_keys: SecretStr | None = Field(None, description="the same JSON itself, in place of a file")
     allow_open: bool = Field(False, description="serve without API keys also where other machines can reach the server")
+    allow_open_demo: bool = Field(False, description="the same for the demo model alone, as the Docker image has it")
 
     adapters_dir: Path = Field(
         default_factory=lambda data: _default_store(data.get("model", DEMO_MODEL)),
         description="folder of the adapter store, created if absent; unset: one for each model in the user's data folder",
     )
     demo_adapters: bool = Field(True, description="put the demo's adapters into an empty store (demo model only)")
+    lora_load_dir: Path | None = Field(None, description="folder that /v1/load_lora_adapter may load from; unset: it refuses")
     max_adapter_bytes: Bytes = Field(ByteSize(512 * MIB), description="largest adapter that may be uploaded")
     max_adapters: Count = Field(1000, description="most adapters in the store")
     max_store_bytes: Bytes = Field(ByteSize(16384 * MIB), description="most bytes of all adapters in the store")
@@ -152,6 +161,7 @@ class Settings(BaseSettings):
     metrics_max_adapters: Count = Field(100, description="adapters with metric labels of their own; others share one")
     drain_timeout_s: float = Field(30, ge=0, allow_inf_nan=False, description="seconds that SIGTERM waits for requests")
     log_level: LogLevel = Field(LogLevel.INFO, description="least severe messages that are written")
+    log_format: LogFormat = Field(LogFormat.TEXT, description="how they are written: one line of text, or of JSON, each")
 
     @field_validator("policies", "adapter_policies", mode="before")
     @classmethod
@@ -191,7 +201,8 @@ class Settings(BaseSettings):
     def _only_loopback_is_open(self) -> "Settings":
         if self.api_keys_file is not None and self.api_keys is not None:
             raise ValueError("api_keys_file and api_keys are both given; give one of the two")
-        if not (self.api_keys_file or self.api_keys or self.allow_open or _is_loopback(self.host)):
+        is_open = self.allow_open or (self.allow_open_demo and self.model == DEMO_MODEL)
+        if not (self.api_keys_file or self.api_keys or is_open or _is_loopback(self.host)):
             raise ValueError(
                 f"host ({variable('host')}): others can reach {self.host!r}, and there are no API keys. Give"
                 f" --api-keys-file ({variable('api_keys_file')}; `dylora keys new` makes a key), listen on 127.0.0.1, or say"

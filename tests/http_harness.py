@@ -24,6 +24,7 @@ from service.http.app import create_app
 from service.http.metrics import Metrics
 from service.http.server import DrainingServer
 from service.http.services import Services
+from service.http.tracing import Tracing
 from service.settings import Settings
 from tests.checkpoints import random_adapter
 
@@ -78,7 +79,12 @@ class Server:
 
 @contextmanager
 def parts(
-    root: Path, *, engine: FakeEngine | None = None, stored: dict[str, Adapter] | None = None, **settings: Any
+    root: Path,
+    *,
+    engine: FakeEngine | None = None,
+    stored: dict[str, Adapter] | None = None,
+    tracing: Tracing | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[FastAPI, FakeEngine, AdapterStore]]:
     """An application with some adapters in its store."""
     configured = Settings.load({"adapters_dir": root / "store", "latency_sweep_s": 0, **settings})
@@ -93,7 +99,7 @@ def parts(
     ) as store:
         for name, each in ({"demo": adapter()} if stored is None else stored).items():
             store.put(name, folder_of(each, root / "made" / name))
-        yield create_app(configured, engine, store, metrics), engine, store
+        yield create_app(configured, engine, store, metrics, tracing=tracing), engine, store
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from service.keys import Scope, digest_of, new_token
 
 
@@ -21,6 +23,10 @@ class MadeKey:
     def headers(self) -> dict[str, str]:
         """The header that carries it."""
         return {"Authorization": f"Bearer {self.token}"}
+
+    def http(self, url: str) -> httpx.Client:
+        """Speaks to a server with it."""
+        return httpx.Client(base_url=url, timeout=60, headers=self.headers)
 
 
 def make_key(name: str, scopes: Sequence[Scope] = tuple(Scope), **limits: Any) -> MadeKey:

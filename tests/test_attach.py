@@ -88,7 +88,7 @@ def test_everything_that_does_not_fit_is_named() -> None:
         AttachedAdapter(tiny_model("llama"), adapter)
     assert [problem.split(":")[0] for problem in caught.value.problems] == list(adapter.modules)
     assert "no such module" in str(caught.value)
-    assert "made for out, in = (10, 12), the base has (32, 32)" in str(caught.value)
+    assert "made for out, in = (10, 12), the base model has (32, 32)" in str(caught.value)
     assert "can't take this low-rank update" in str(caught.value)
 
 
@@ -97,5 +97,5 @@ def test_quantised_weights_are_refused_by_name() -> None:
     projection = model.get_submodule("model.layers.0.self_attn.q_proj")
     projection.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
     adapter = random_adapter(AdapterKind.DYLORA, ranks={"model.layers.0.self_attn.q_proj": 2}, in_features=32, out_features=32)
-    with pytest.raises(InvalidAdapter, match=r"model.layers.0.self_attn.q_proj: its weights are quantised"):
+    with pytest.raises(InvalidAdapter, match=r"model.layers.0.self_attn.q_proj: its weight is quantised"):
         AttachedAdapter(model, adapter)

@@ -83,6 +83,8 @@ def test_stock_peft_computes_the_same_after_read_renest_and_write(tmp_path: Path
         {"base_model.model.": "base_model.model.base_model.model."},
         {"base_model.model.": "module.base_model.model."},
         {"base_model.model.": "_orig_mod.base_model.model."},
+        {"layers.0.": "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."},
+        {"self_attn.": "self_attn._orig_mod."},
         {"lora_A.weight": "lora_A.default.weight", "lora_B.weight": "lora_B.default.weight"},
         {"lm_head.weight": "lm_head.modules_to_save.default.weight"},
         {"lm_head.weight": "lm_head.modules_to_save.weight"},

@@ -77,7 +77,7 @@ def process(tmp_path: Path, *arguments: str) -> Iterator[Process]:
         try:
             for line in popen.stderr:
                 log.append(line)
-                if match := re.search(r"listening url=(\S+)", line):
+                if match := re.search(r"listening\W+url\W+(http://[\d.:]+)", line):
                     break
             else:
                 raise AssertionError("".join(log))
@@ -90,6 +90,27 @@ def process(tmp_path: Path, *arguments: str) -> Iterator[Process]:
             reader.join(20)
         finally:
             popen.kill()
+
+
+def test_sigterm_ends_a_server_that_still_loads(tmp_path: Path) -> None:
+    loading = """
+import sys
+from service.cli import main
+
+def make_engine(settings, observer):
+    print("loading", flush=True)
+    sys.stdin.read()
+
+sys.exit(main(["serve", "--adapters-dir", sys.argv[1]], make_engine))
+"""
+    command = [sys.executable, "-c", loading, str(tmp_path)]
+    root = Path(__file__).resolve().parent.parent
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=root) as popen:
+        assert popen.stdout is not None
+        assert popen.stdout.readline() == "loading\n"
+        popen.terminate()
+        assert popen.wait(20) == 128 + signal.SIGTERM  # not -SIGTERM, which a container's first process would ignore
 
 
 def test_sigterm_finishes_what_runs_and_refuses_what_comes(tmp_path: Path) -> None:
@@ -105,7 +126,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(tmp_path: Path) -> No
         thread.join(20)
         assert answers[0].status_code == 200
         assert server.popen.wait(20) == 0
-    line = next(line for line in server.log if "request_id=" in line)
+    line = next(line for line in server.log if " request request_id=" in line)
     assert re.search(r"outcome=ok rank=0 mode=base prompt_tokens=6 generated_tokens=20 seconds=[\d.]+", line)
     assert "secret" not in "".join(server.log)
 

@@ -66,7 +66,7 @@ def test_the_same_request_gives_the_same_text_alone_together_and_preempted() -> 
         preempted = generate(engine, requests)
     assert answers(preempted) == answers(together)
     for one, other, asked in zip(preempted, together, requests, strict=True):
-        assert [token for token, _, _ in one.finished.prompt] == [token for token, _, _ in other.finished.prompt]
+        assert [token.id for token in one.finished.prompt] == [token.id for token in other.finished.prompt]
         logprobs = [[each.logprob for each in client.finished.prompt[1:]] for client in (one, other)]
         assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
         assert len(one.finished.prompt) == (len(asked.prompt_ids) if asked.sampling.prompt_logprobs else 0)
@@ -120,6 +120,11 @@ def test_prompt_logprobs_and_alternatives_are_the_models_own(options: EngineOpti
         assert [each.id for each in token.alternatives] == best.tolist()
         assert [each.logprob for each in token.alternatives] == pytest.approx(values.tolist(), abs=1e-4)
         assert [each.text for each in token.alternatives] == [chr(32 + i) for i in best.tolist()]
+    assert told[0].alternatives == ()
+    for before, scored in enumerate(told[1:]):
+        values, best = reference[before].topk(3)
+        assert [each.id for each in scored.alternatives] == best.tolist()
+        assert [each.logprob for each in scored.alternatives] == pytest.approx(values.tolist(), abs=1e-4)
 
 
 def test_stop_text_and_stop_token_are_kept_or_left_out() -> None:

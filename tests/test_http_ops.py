@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -5,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from service.http.openai.schemas import ChatRequest, CompletionRequest
+from service.http.routes_quality import CalibrationRequest
+from service.http.routes_vllm import LoadRequest
 from service.http.schemas import CompatRequest, GenerateParameters
-from service.log import logger, pairs
+from service.log import logger
 from tests.http_harness import Server, in_process
 
 
@@ -40,6 +44,8 @@ def test_the_playground_needs_nothing_from_elsewhere(server: Server) -> None:
 def test_info_has_the_facts_clients_look_for(server: Server) -> None:
     info = server.client.get("/info").json()
     assert (info["model_id"], info["model_dtype"], info["max_total_tokens"]) == ("fake", "float32", 512)
+    assert (info["max_input_tokens"], info["max_best_of"], info["max_stop_sequences"]) == (511, 16, 16)
+    assert info["model_pipeline_tag"] == "text-generation"
     assert (info["policies"], info["default_policy"]) == (["budget", "max", "quality"], "quality")
 
 
@@ -67,14 +73,26 @@ def test_the_openapi_document_has_every_field_and_route(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     assert set(schemas["GenerateParameters"]["properties"]) == set(GenerateParameters.model_fields)
-    assert set(schemas["CompatRequest"]["properties"]) == set(CompatRequest.model_fields)
+    for model in (CompatRequest, CompletionRequest, ChatRequest, LoadRequest, CalibrationRequest):
+        assert set(schemas[model.__name__]["properties"]) == set(model.model_fields)
+    assert set(re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document))) <= set(schemas)
+    assert json.dumps(document).count('"$ref"') == json.dumps(document).count('"$ref": "#/components/schemas/')
     assert {path: sorted(methods) for path, methods in document["paths"].items()} == {
-        "/": ["post"],
+        "/": ["get", "post"],
         "/generate": ["post"],
         "/generate_stream": ["post"],
+        "/v1/completions": ["post"],
+        "/v1/chat/completions": ["post"],
+        "/v1/models": ["get"],
+        "/v1/models/{name}": ["get"],
         "/adapters": ["get"],
         "/adapters/{name}": ["delete", "get", "put"],
         "/adapters/{name}/export": ["get"],
+        "/adapters/{name}/tradeoff": ["get"],
+        "/adapters/{name}/calibration": ["post"],
+        "/adapters/{name}/calibration/{job}": ["get"],
+        "/v1/load_lora_adapter": ["post"],
+        "/v1/unload_lora_adapter": ["post"],
         "/health": ["get"],
         "/ready": ["get"],
         "/info": ["get"],
@@ -82,16 +100,24 @@ def test_the_openapi_document_has_every_field_and_route(server: Server) -> None:
     }
 
 
-def test_a_log_line_can_not_be_forged() -> None:
-    line = pairs(a="x y=1\nz", b=None, c=0.5, d='"')
-    assert line == 'a="x y=1\\nz" c=0.5000 d="\\""'
-
-
 def test_requests_are_logged_once_without_their_text(tmp_path: Path, service_log: pytest.LogCaptureFixture) -> None:
     with in_process(tmp_path) as server:
         text = server.generate("the secret prompt", adapter_id="demo", rank=2, headers={"X-Request-Id": "abc"}).json()
     lines = [record.getMessage() for record in service_log.records if "request_id=abc" in record.getMessage()]
     assert len(lines) == 1
-    assert "adapter=demo rank=2 mode=merged prompt_tokens=17 generated_tokens=20" in lines[0]
+    assert "adapter=demo rank=2 reason=requested mode=merged prompt_tokens=17 generated_tokens=20" in lines[0]
     assert "secret" not in service_log.text
     assert text["generated_text"] not in service_log.text
+
+
+def test_a_request_that_the_engine_did_not_get_has_a_line_too(tmp_path: Path, service_log: pytest.LogCaptureFixture) -> None:
+    with in_process(tmp_path) as server:
+        server.generate("the secret prompt", adapter_id="nobody", headers={"X-Request-Id": "a"})
+        server.client.get("/adapters?q=secret", headers={"X-Request-Id": "b"})
+        server.client.get("/ready", headers={"X-Request-Id": "c"})
+    lines = [record.getMessage() for record in service_log.records if "answered" in record.getMessage()]
+    assert re.sub(r" seconds=[\d.]+", "", "\n".join(lines)).splitlines() == [
+        "answered request_id=a status=404 error_type=adapter_not_found method=POST path=/generate",
+        "answered request_id=b status=200 method=GET path=/adapters",
+    ]
+    assert "secret" not in service_log.text

@@ -139,6 +139,16 @@ def _series(registry: Any, name: str, labels: tuple[str, ...]) -> dict[tuple[str
     return {tuple(sample.labels[label] for label in labels): sample.value for sample in samples}
 
 
+def test_the_openai_routes_take_objectives_by_the_same_names(server: Server) -> None:
+    body = {"model": "demo", "prompt": "x", "max_tokens": 3}
+    response = server.client.post("/v1/completions", json={**body, "latency_slo_ms": LOOSE_MS})
+    assert (response.headers["x-lora-rank-reason"], response.headers["x-slo-met"]) == ("slo", "true")
+    impossible = server.client.post("/v1/completions", json=body, headers={"X-TTFT-SLO-Ms": "0.01"})
+    assert impossible.status_code == 503
+    assert impossible.json()["error"]["code"] == "slo_unattainable"
+    assert impossible.json()["attainable"]["ttft_ms"] > 0.01
+
+
 def test_the_base_has_objectives_too(server: Server) -> None:
     response = server.generate(latency_slo_ms=LOOSE_MS, details=True)
     assert response.json()["details"]["slo"]["met"] is True

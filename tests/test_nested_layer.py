@@ -62,7 +62,7 @@ def test_rows_beyond_the_rank_get_no_gradient_and_the_base_none_at_all(rank: int
 def test_rows_of_one_batch_at_ranks_of_their_own_are_as_alone_forward_and_backward(kind: str, rslora: bool) -> None:
     model = noisy(kind, replace(CONFIG, rslora=rslora)).double()
     ranks, ids = (3, 1, 4, 1), torch.arange(48).reshape(4, 12) % VOCAB
-    set_row_ranks(model, ranks)
+    set_row_ranks([layer for _, layer in nested_layers(model)], ranks)
     together = model(input_ids=ids).logits  # [rows, tokens, vocabulary]
     together.square().sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -81,13 +81,13 @@ def test_rows_that_were_flattened_keep_their_ranks_and_what_cannot_be_told_apart
     layer = NestedLoRA(torch.nn.Linear(7, 5), CONFIG)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(2, 3, 7)
-    set_row_ranks(layer, (1, 4))
+    set_row_ranks([layer], (1, 4))
     torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
     for wrong in (torch.randn(3, 2, 7), torch.randn(3, 7)):
         with pytest.raises(InvalidAdapter, match="one rank per step"):
             layer(wrong)
     with pytest.raises(IllegalRank):
-        set_row_ranks(layer, (1, 5))
+        set_row_ranks([layer], (1, 5))
     set_rank(layer, 2)
     layer(torch.randn(3, 7))  # one rank for all again
 

@@ -8,6 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from adapters.checkpoint import read_peft
+from adapters.commands.evaluate import evaluate
+from adapters.commands.export import export
 from adapters.commands.train import train
 from adapters.data.example import Task
 from adapters.errors import AdapterError, TrainingError
@@ -17,7 +19,7 @@ from adapters.training.heads import modules_to_train
 from adapters.training.layer import set_rank, target_paths, write_adapter
 from adapters.training.token_limit import max_tokens
 from tests.tiny_models import POSITIONS, some_tokens
-from tests.training_harness import model_folder, word_tokenizer, write_labelled, write_pairs
+from tests.training_harness import model_folder, word_tokenizer, write_labelled, write_lines, write_pairs
 
 QUICK = {"r_max": 2, "max_steps": 30, "learning_rate": 1e-2, "disable_tqdm": True, "save_steps": 0}
 WHOLE = {"bert": ("bert.pooler.dense", "classifier"), "roberta": ("classifier",), "llama": ("score",), "gpt2": ("score",)}
@@ -59,6 +61,23 @@ def test_the_head_is_no_target_and_what_the_checkpoint_lacked_is_trained(tmp_pat
     assert not [path for path in targets if path.startswith(whole)]
     assert base.model.config.id2label == {0: "no", 1: "yes"}
     assert max_tokens(base.model, base.tokenizer) == (POSITIONS - 1 if kind == "roberta" else POSITIONS)
+
+
+def test_an_adapter_knows_its_classes_by_name(tmp_path: Path) -> None:
+    base, data = model_folder(tmp_path / "base", "bert"), tmp_path / "data.jsonl"
+    texts = {"small": "w1 w2", "large": "w5 w6", "odd": "w9 w10"}
+    lines = [{"text": text, "label": label} for label, text in texts.items()] * 12
+    write_lines(data, lines)
+    train(base, data, tmp_path / "out", **QUICK)
+    assert read_peft(tmp_path / "out").config.labels == ("large", "odd", "small")
+
+    # In this file's own count odd would be 0 and small 1.
+    some = write_lines(tmp_path / "some.jsonl", [line for line in lines if line["label"] != "large"])
+    found = evaluate(tmp_path / "out", some, metrics=("accuracy",), model=base)
+    assert found.profile.primary.values[2] < 0.3  # nats per text; with the classes mixed up it is above 1
+    export(tmp_path / "out", tmp_path / "merged", merge=True, model=base)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == {0: "large", 1: "odd", 2: "small"}
 
 
 def test_evaluation_data_with_other_classes_is_refused_and_with_fewer_is_not(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ class DyloraBlock:
     alpha: float | None = None
     ranks: tuple[int, ...] = ()
     rslora: bool | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,10 @@ def _is_off(name: str, value: object) -> bool:
 def _parse_block(block: object, problems: list[str]) -> DyloraBlock | None:
     if block is None:
         return None
-    legal = {"kind", "alpha", "ranks", "rslora"}
-    if not isinstance(block, dict) or set(block) - legal:
-        found = f"the keys {sorted(set(block) - legal)}"[:120] if isinstance(block, dict) else str(block)[:40]
-        problems.append(f"{CONFIG_FILE}: {BLOCK} must be an object with the keys kind, alpha, ranks, rslora; found {found!a}")
+    legal = ("kind", "alpha", "ranks", "rslora", "labels")
+    if not isinstance(block, dict) or set(block) - set(legal):
+        found = f"the keys {sorted(set(block) - set(legal))}"[:120] if isinstance(block, dict) else str(block)[:40]
+        problems.append(f"{CONFIG_FILE}: {BLOCK} must be an object with the keys {', '.join(legal)}; found {found!a}")
         return None
     read = _Reader(block, problems, f"{BLOCK}.")
     kind = block.get("kind")
@@ -207,6 +208,7 @@ def _parse_block(block: object, problems: list[str]) -> DyloraBlock | None:
         alpha=read.optional("alpha", _positive, "a positive number"),
         ranks=read.optional("ranks", _naturals, "a list of ranks") or (),
         rslora=read.optional("rslora", _boolean, "true or false"),
+        labels=read.optional("labels", _different_strings, "a list of different names") or (),
     )
 
 
@@ -238,6 +240,11 @@ def _strings(value: object) -> tuple[str, ...] | None:
     items = [_string(item) for item in value] if isinstance(value, list) else [None]
     strings = tuple(item for item in items if item is not None)
     return strings if len(strings) == len(items) else None
+
+
+def _different_strings(value: object) -> tuple[str, ...] | None:
+    strings = _strings(value)
+    return strings if strings is not None and len(set(strings)) == len(strings) else None
 
 
 def _string_or_strings(value: object) -> str | tuple[str, ...] | None:

@@ -1,7 +1,8 @@
 """What a tensor's name in a PEFT checkpoint says: which module, and which part of its update.
 
 PEFT writes `base_model.model.<module>.lora_A.weight`; files in the wild also come without that prefix, with it twice, with the
-prefixes of data-parallel or compiled training, and with the adapter's name ("default") left in.
+prefix of data-parallel training, with the wrappers of FSDP, compilation or gradient checkpointing around any module, and with
+the adapter's name ("default") left in.
 """
 
 import re
@@ -39,7 +40,9 @@ class TensorKey:
     parameter: str = ""
 
 
-_PREFIXES = ("base_model.model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.")
+_PREFIXES = ("base_model.model.", "module.")
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+"""What torch puts between a module and the one that it wraps; no model has modules of these names."""
 _FACTOR = re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.(weight|bias)")
 _EMBEDDING = re.compile(r"(.+)\.(lora_embedding_[AB])(?:\.default)?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\..*)?")
@@ -67,6 +70,7 @@ def parse_key(name: str) -> TensorKey:
 
 
 def _without_prefixes(name: str) -> str:
+    name = ".".join(piece for piece in name.split(".") if piece not in _WRAPPERS)
     while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)
     return name

@@ -14,24 +14,13 @@ from torch import Tensor
 from adapters.adapter import Adapter, LowRank
 from adapters.checkpoint.peft_config import PeftFields, literal_pattern, parse_config, pattern_value
 from adapters.checkpoint.peft_inventory import Inventory, is_listed, take_inventory
-from adapters.checkpoint.peft_writer import BLOCK, CONFIG_FILE, TENSORS_FILE, write_peft
+from adapters.checkpoint.peft_writer import BLOCK, CONFIG_FILE, TENSORS_FILE
 from adapters.checkpoint.safetensors_file import TensorEntry, load_tensors, read_header
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import AdapterTooLarge, InvalidAdapter
 from adapters.json_file import read_json
 from adapters.limits import CheckpointLimits
 from adapters.quality import QUALITY_FILE, QualityProfile
-
-__all__ = [
-    "CONFIG_FILE",
-    "QUALITY_FILE",
-    "TENSORS_FILE",
-    "CheckpointLimits",
-    "Description",
-    "describe_peft",
-    "read_peft",
-    "write_peft",
-]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -196,6 +185,7 @@ def _adapter_config(fields: PeftFields, inventory: Inventory) -> AdapterConfig:
         rslora=fields.use_rslora if kind is AdapterKind.DYLORA else False,
         ranks=block.ranks if block else (),
         base_model=fields.base_model,
+        labels=block.labels if block else (),
     )
 
 

@@ -38,16 +38,17 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
         InvalidAdapter: a DyLoRA in which a module has fewer than r_max columns.
     """
     config = adapter.config
+    labels = {"labels": list(config.labels)} if config.labels else {}
     if config.kind is AdapterKind.DYLORA:
         short = [f"{path}: {m.rank} columns, r_max is {config.r_max}" for path, m in adapter.modules.items()]
         problems = [line for line, m in zip(short, adapter.modules.values(), strict=True) if m.rank != config.r_max]
         if problems:
             raise InvalidAdapter(problems)
         block = {"kind": "dylora", "alpha": _plain(config.alpha), "ranks": list(config.ranks), "rslora": config.rslora}
-        write_checkpoint(adapter, folder, lora_alpha=config.alpha, use_rslora=config.rslora, block=block)
+        write_checkpoint(adapter, folder, lora_alpha=config.alpha, use_rslora=config.rslora, block=block | labels)
     elif config.kind is AdapterKind.RENESTED:
         block = {"kind": "renested", "alpha": _plain(config.alpha), "ranks": list(config.ranks)}
-        write_checkpoint(adapter, folder, lora_alpha=None, use_rslora=False, block=block)
+        write_checkpoint(adapter, folder, lora_alpha=None, use_rslora=False, block=block | labels)
     else:
         write_checkpoint(adapter, folder, lora_alpha=None, use_rslora=False, block=None)
 

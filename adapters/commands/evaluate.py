@@ -191,6 +191,8 @@ def _evaluated(options: EvaluateOptions) -> "Report":
 
     metrics_of(corpus, options.metrics)
     adapter = read_peft(options.adapter)
+    if adapter.config.labels and corpus.labels:
+        corpus = corpus.with_labels(adapter.config.labels)  # its own order, of which the data may hold but some
     device = device_of(options.device)
     wanted = Dtype.FLOAT32 if options.dtype == Dtype.AUTO and device.type == "cpu" else options.dtype
     dtype = None if wanted == Dtype.AUTO else getattr(torch, wanted)

@@ -10,15 +10,17 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapters.data.example import Example
 from adapters.training.byte_bpe import train_byte_bpe
 from adapters.training.pretraining import PretrainSettings, pretrain
+from adapters.training.small_llama import packed_blocks, small_llama
 
 EOS = "<|end|>"
 NEWLINE = "\n"
@@ -61,37 +63,6 @@ def documents(examples: Sequence[Example], rng: random.Random) -> Iterator[str]:
     return iter(texts)
 
 
-def blocks(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, block_tokens: int, seed: int) -> Iterator[Tensor]:
-    """Endless blocks of packed documents, [block_tokens] each, reshuffled every epoch."""
-    rng = random.Random(seed)
-    buffer: list[int] = []
-    while True:
-        for text in documents(examples, rng):
-            buffer += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
-            while len(buffer) >= block_tokens:
-                yield torch.tensor(buffer[:block_tokens])
-                buffer = buffer[block_tokens:]
-
-
-def new_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with fresh weights, its embeddings tied."""
-    torch.manual_seed(recipe.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            max_position_embeddings=recipe.context_tokens,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def train_base(
     train: Sequence[Example], dev: Sequence[Example], recipe: BaseRecipe
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
@@ -101,9 +72,18 @@ def train_base(
         the model in fp32, its tokenizer, and the loss per token on packed dev documents (nats).
     """
     tokenizer = train_tokenizer(train, recipe.vocab_size, recipe.context_tokens)
-    model = new_model(recipe, tokenizer)
-    stream = blocks(train, tokenizer, recipe.block_tokens, recipe.seed)
-    dev_blocks = torch.stack(list(itertools.islice(blocks(dev, tokenizer, recipe.block_tokens, 0), 32)))
+    model = small_llama(
+        tokenizer,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        max_tokens=recipe.context_tokens,
+        seed=recipe.seed,
+    )
+    stream = packed_blocks(partial(documents, train), tokenizer, recipe.block_tokens, recipe.seed)
+    held_out = packed_blocks(partial(documents, dev), tokenizer, recipe.block_tokens, 0)
+    dev_blocks = torch.stack(list(itertools.islice(held_out, 32)))
     batches = (torch.stack(list(itertools.islice(stream, recipe.batch_blocks))) for _ in itertools.count())
     settings = PretrainSettings(
         recipe.steps, recipe.warmup_share, recipe.matrix_learning_rate, recipe.learning_rate, recipe.weight_decay

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from adapters.adapter import Adapter, LowRank
+from adapters.adapter import Adapter
 from adapters.config import AdapterKind
-from adapters.errors import InvalidAdapter
+from adapters.merge import check_fits, weight_update
 from adapters.nesting import renest
 
 
@@ -34,9 +33,7 @@ class AttachedAdapter:
         """
         self.adapter = renest(adapter) if adapter.config.kind is AdapterKind.LORA else adapter
         self._replaced = _replaced(self.adapter)
-        problems = list(_misfits(model, self.adapter, self._replaced))
-        if problems:
-            raise InvalidAdapter(problems)
+        check_fits(model, self.adapter, adds_biases=True)
         touched = sorted({*self.adapter.modules, *self.adapter.lora_bias, *self._replaced})
         self._modules = {path: model.get_submodule(path) for path in touched}
         self._originals = {path: dict(module._parameters) for path, module in self._modules.items()}
@@ -63,11 +60,9 @@ class AttachedAdapter:
         factors = self.adapter.modules.get(path)
         if factors is not None:
             weight = new.get("weight", own["weight"])
-            assert weight is not None  # checked by _misfits
-            a = factors.a[:rank].to(weight.device, torch.float32)  # [rank, in]
-            b = factors.b[:, :rank].to(weight.device, torch.float32)  # [out, rank]
-            update = scale * (b @ a)  # [out, in]
-            new["weight"] = (weight.float() + (update.T if _is_transposed(self._modules[path]) else update)).to(weight.dtype)
+            assert weight is not None  # checked by check_fits
+            update = weight_update(self._modules[path], factors, rank)
+            new["weight"] = torch.add(weight.float(), update, alpha=scale).to(weight.dtype)
         if path in self.adapter.lora_bias:
             added = self.adapter.lora_bias[path].to(new["weight"])
             before = new.get("bias", own.get("bias"))
@@ -88,39 +83,3 @@ def _replaced(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
         path, _, leaf = name.rpartition(".")
         replaced.setdefault(path, {})[leaf] = value
     return replaced
-
-
-def _misfits(model: nn.Module, adapter: Adapter, replaced: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
-    modules = dict(model.named_modules())
-    for path, factors in adapter.modules.items():
-        yield from _factor_misfits(path, modules.get(path), factors)
-    for path, by_name in replaced.items():
-        for name, value in by_name.items():
-            parameter = modules[path]._parameters.get(name) if path in modules else None
-            if parameter is None:
-                yield f"{path}.{name}: the base model has no such parameter"
-            elif parameter.shape != value.shape:
-                yield f"{path}.{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}"
-
-
-def _factor_misfits(path: str, module: nn.Module | None, factors: LowRank) -> Iterator[str]:
-    if module is None:
-        yield f"{path}: the base model has no such module"
-        return
-    wanted = nn.Embedding if factors.is_embedding else (nn.Linear, Conv1D)
-    if not isinstance(module, wanted):
-        yield f"{path}: the base model's {type(module).__name__} can't take this low-rank update"
-        return
-    weight = module.get_parameter("weight")
-    if not weight.is_floating_point():
-        yield f"{path}: its weights are quantised ({type(module).__name__}), and an adapter is merged to be measured"
-        return
-    given = (factors.b.shape[0], factors.a.shape[1])
-    found = tuple(weight.shape[::-1] if _is_transposed(module) else weight.shape)
-    if given != found:
-        yield f"{path}: made for out, in = {given}, the base has {found}"
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored as [in, out]."""
-    return isinstance(module, Conv1D | nn.Embedding)

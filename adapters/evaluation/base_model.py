@@ -1,7 +1,5 @@
 """The base model that an adapter is measured on: found, and loaded with the head its task needs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from adapters.adapter import Adapter
 from adapters.data.example import Corpus, Task
 from adapters.demo import ARTIFACTS, BASE_NAME
 from adapters.errors import AdapterError, DataError, InvalidAdapter
+from adapters.pretrained_model import quiet, refused
 from adapters.training.trainer import padding_id
 
 
@@ -86,7 +84,7 @@ def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.devi
     """
     is_classifier = corpus.task is Task.CLASSIFICATION
     loader: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    with _quiet(), _refused(name):
+    with quiet(), refused(f"model: {name} can't be loaded"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if is_classifier:
             config.num_labels = len(corpus.labels)
@@ -121,27 +119,3 @@ def _check_classes(model: PreTrainedModel, adapter: Adapter, corpus: Corpus) -> 
         if is_head and saved is not None and saved.shape[0] != len(corpus.labels):
             classes = f"{len(corpus.labels)} classes ({', '.join(corpus.labels)})"
             raise DataError(f"{corpus.source}: {classes}; the adapter's head {name} has {saved.shape[0]}")
-
-
-@contextmanager
-def _refused(name: str) -> Iterator[None]:
-    """Whatever transformers raises for a model that it can't load, in one line."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        lines = str(error).strip().splitlines()
-        raise AdapterError(f"model: {name} can't be loaded: {lines[0] if lines else type(error).__name__}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report of a new classifier, whose weights the adapter brings, and its bar of weights."""
-    before, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if shows_progress:
-            logging.enable_progress_bar()

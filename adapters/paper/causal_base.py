@@ -3,14 +3,16 @@
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from adapters.paper.corpus import Corpus, Group
 from adapters.paper.pretrained import BaseRecipe, Pretraining
 from adapters.training.byte_bpe import train_byte_bpe
+from adapters.training.small_llama import packed_blocks, small_llama
 
 END = "<|end|>"
 
@@ -18,24 +20,18 @@ END = "<|end|>"
 def causal_pretraining(corpus: Corpus, recipe: BaseRecipe) -> Pretraining[Tensor]:
     """Fresh weights and what trains them; a batch is [rows, block_tokens] token ids."""
     tokenizer = _tokenizer(corpus, recipe)
-    torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            max_position_embeddings=recipe.max_tokens,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    model = small_llama(
+        tokenizer,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        max_tokens=recipe.max_tokens,
+        seed=recipe.seed,
     )
 
     def batches(groups: Sequence[Group], seed: int) -> Iterator[Tensor]:
-        blocks = _packed_blocks(groups, tokenizer, recipe.row_tokens, seed)
+        blocks = packed_blocks(partial(_documents, groups), tokenizer, recipe.row_tokens, seed)
         while True:
             yield torch.stack(list(itertools.islice(blocks, recipe.batch_tokens // recipe.row_tokens)))
 
@@ -53,20 +49,10 @@ def _tokenizer(corpus: Corpus, recipe: BaseRecipe) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=recipe.max_tokens)
 
 
-def _packed_blocks(
-    groups: Sequence[Group], tokenizer: PreTrainedTokenizerFast, block_tokens: int, seed: int
-) -> Iterator[Tensor]:
-    """Endless blocks [block_tokens] of whole documents, reshuffled every epoch.
+def _documents(groups: Sequence[Group], rng: random.Random) -> Iterator[str]:
+    """One epoch of documents: a group is one, a text a line.
 
-    A group is one document, a text a line. From the second line on the facts are told already, so the model learns to
-    carry them over, which is what an adapter builds on.
+    From the second line on the facts are told already, so the model learns to carry them over, which is what an adapter
+    builds on.
     """
-    rng = random.Random(seed)
-    buffer: list[int] = []
-    while True:
-        for group in rng.sample(groups, len(groups)):
-            text = "\n".join(rng.sample(group, len(group)))
-            buffer += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
-            while len(buffer) >= block_tokens:
-                yield torch.tensor(buffer[:block_tokens])
-                buffer = buffer[block_tokens:]
+    return ("\n".join(rng.sample(group, len(group))) for group in rng.sample(groups, len(groups)))

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from adapters.paper.plan import BEST, IDEAS, LORA, LORA_BEST_OPTIMISER, PAPER_METHODS, RANKS
+from adapters.paper.plan import BEST, IDEAS, LORA, LORA_BEST_OPTIMISER, PAPER_METHODS, RANKS, ROWS
 from adapters.paper.results import FIRST_COLUMNS, LOSS, SVD_ORDER, TRAINED, Result
 
 
@@ -26,13 +26,14 @@ class Way:
 SEPARATE = Way("LoRA trained at that rank", LORA)
 """What all others are held against: eight runs."""
 
-WAYS: tuple[Way, ...] = (
-    SEPARATE,
-    Way("LoRA r8, first columns", LORA, FIRST_COLUMNS),
-    Way("LoRA r8, SVD order", LORA, SVD_ORDER),
-    *(Way(f"DyLoRA {nested.name.removeprefix('dylora-')}", nested.name) for nested in PAPER_METHODS),
-    Way("ours", BEST.name),
-)
+CUT_AS_TRAINED = Way("LoRA r8, first columns", LORA, FIRST_COLUMNS)
+CUT_BY_SVD = Way("LoRA r8, SVD order", LORA, SVD_ORDER)
+FULL, FROZEN, GEOMETRIC = (Way(f"DyLoRA {each.name.removeprefix('dylora-')}", each.name) for each in PAPER_METHODS)
+OURS_PLAIN = Way("ours, for the cost of one LoRA run", ROWS.name)
+OURS = Way("ours, for the cost of two", BEST.name)
+
+WAYS: tuple[Way, ...] = (SEPARATE, CUT_AS_TRAINED, CUT_BY_SVD, FULL, FROZEN, GEOMETRIC, OURS_PLAIN, OURS)
+"""The rows of every table, in order."""
 SAME_OPTIMISER = Way("LoRA trained at that rank, our optimiser", LORA_BEST_OPTIMISER)
 IDEA_WAYS: tuple[Way, ...] = tuple(Way(idea.idea, idea.name) for idea in IDEAS)
 
@@ -53,12 +54,17 @@ class Spread:
 
 def by_rank(results: Iterable[Result], task: str, way: Way, metric: str) -> dict[int, Spread]:
     """The metric over seeds at each rank that was measured."""
-    values: dict[int, list[float]] = {}
+    values = _by_rank_and_seed(results, task, way, metric)
+    return {rank: Spread.of(list(values[rank].values())) for rank in sorted(values)}
+
+
+def _by_rank_and_seed(results: Iterable[Result], task: str, way: Way, metric: str) -> dict[int, dict[int, float]]:
+    values: dict[int, dict[int, float]] = {}
     for result in results:
         if (result.task, result.method) == (task, way.method):
             for rank, value in result.metrics.get(way.variant, {}).get(metric, {}).items():
-                values.setdefault(rank, []).append(value)
-    return {rank: Spread.of(values[rank]) for rank in sorted(values)}
+                values.setdefault(rank, {})[result.seed] = value
+    return values
 
 
 def metric_of(results: Iterable[Result], task: str) -> str | None:
@@ -68,12 +74,17 @@ def metric_of(results: Iterable[Result], task: str) -> str | None:
 
 
 def distance(results: Sequence[Result], task: str, way: Way, metric: str, reference: Way = SEPARATE) -> dict[int, float]:
-    """How much worse than `reference` at each rank: per cent of its loss, or points of the metric. Negative is better."""
-    own, other = by_rank(results, task, way, metric), by_rank(results, task, reference, metric)
-    shared = [rank for rank in own if rank in other]
-    if metric == LOSS:
-        return {rank: 100 * (own[rank].mean / other[rank].mean - 1) for rank in shared}
-    return {rank: other[rank].mean - own[rank].mean for rank in shared}
+    """How much worse than `reference` at each rank: per cent of its loss, or points of the metric. Negative is better.
+
+    Of the means over the seeds that both have: data, batches and fresh heads differ with the seed.
+    """
+    own, other = (_by_rank_and_seed(results, task, each, metric) for each in (way, reference))
+    found = {}
+    for rank in sorted(own.keys() & other.keys()):
+        if seeds := sorted(own[rank].keys() & other[rank].keys()):
+            mine, theirs = (statistics.fmean(each[rank][seed] for seed in seeds) for each in (own, other))
+            found[rank] = 100 * (mine / theirs - 1) if metric == LOSS else theirs - mine
+    return found
 
 
 @dataclass(frozen=True)

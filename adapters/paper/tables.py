@@ -2,10 +2,28 @@
 
 from collections.abc import Iterable, Sequence
 
-from adapters.paper.plan import BEST, IDEAS_TASK, LORA, PAPER_METHODS, RANKS, TASKS
+from adapters.paper.plan import BEST, IDEAS_TASK, LORA, PAPER_METHODS, RANKS, ROWS, TASKS
 from adapters.paper.results import BASE, LOSS, Result
 from adapters.paper.step_time import StepTimes
-from adapters.paper.summary import IDEA_WAYS, SAME_OPTIMISER, SEPARATE, WAYS, Spread, Way, by_rank, cost, distance, metric_of
+from adapters.paper.summary import (
+    CUT_AS_TRAINED,
+    CUT_BY_SVD,
+    FROZEN,
+    FULL,
+    GEOMETRIC,
+    IDEA_WAYS,
+    OURS,
+    OURS_PLAIN,
+    SAME_OPTIMISER,
+    SEPARATE,
+    WAYS,
+    Spread,
+    Way,
+    by_rank,
+    cost,
+    distance,
+    metric_of,
+)
 
 MISSING = "–"
 SHOWN = (1, 2, 4, 8)
@@ -78,8 +96,8 @@ def _signed(value: float) -> str:
 
 def ideas(results: Sequence[Result]) -> str:
     """What was tried besides, on one task."""
-    text = f"Loss on {IDEAS_TASK} behind LoRA trained at that rank, %, all else as in DyLoRA full:"
-    ways = (WAYS[3], *IDEA_WAYS, WAYS[-1])
+    text = f"Loss on {IDEAS_TASK} behind LoRA trained at that rank, %, all else as in DyLoRA full; the first seed:"
+    ways = (FULL, *IDEA_WAYS, OURS_PLAIN, OURS)
     return "\n\n".join(["### What was tried", text, _distances(results, IDEAS_TASK, ways, LOSS, RANKS)])
 
 
@@ -87,7 +105,7 @@ def costs(results: Sequence[Result], tasks: Sequence[str]) -> str:
     """One run beside the sweep of eight."""
     rows = []
     for task in tasks:
-        for nested in (*PAPER_METHODS, BEST):
+        for nested in (*PAPER_METHODS, ROWS, BEST):
             found = cost(results, task, nested.name)
             if found is not None:
                 sweep = MISSING if found.sweep is None else f"{found.sweep:.0f}"
@@ -121,15 +139,15 @@ def learning_rates(results: Sequence[Result]) -> str:
 def claims(results: Sequence[Result]) -> str:
     """The paper's claims and our aims with the figures that decide them, by task."""
     tasks = [task.name for task in TASKS if by_rank(results, task.name, SEPARATE, LOSS)]
-    full, frozen, geometric, ours = WAYS[3], WAYS[4], WAYS[5], WAYS[6]
     questions: tuple[tuple[str, Way, Way, tuple[int, ...]], ...] = (
-        ("DyLoRA full against LoRA r8, first columns", full, WAYS[1], SHOWN),
-        ("DyLoRA full against LoRA r8, SVD order", full, WAYS[2], SHOWN),
-        ("DyLoRA full against LoRA trained at that rank", full, SEPARATE, SHOWN),
-        ("frozen against full", frozen, full, SHOWN),
-        ("geometric against uniform", geometric, full, SHOWN),
-        ("ours against LoRA trained at that rank", ours, SEPARATE, RANKS),
-        ("ours against LoRA r8, SVD order", ours, WAYS[2], SHOWN),
+        ("DyLoRA full against LoRA r8, first columns", FULL, CUT_AS_TRAINED, SHOWN),
+        ("DyLoRA full against LoRA r8, SVD order", FULL, CUT_BY_SVD, SHOWN),
+        ("DyLoRA full against LoRA trained at that rank", FULL, SEPARATE, SHOWN),
+        ("frozen against full", FROZEN, FULL, SHOWN),
+        ("geometric against uniform", GEOMETRIC, FULL, SHOWN),
+        ("ours, plain, against DyLoRA full", OURS_PLAIN, FULL, RANKS),
+        ("ours against LoRA trained at that rank", OURS, SEPARATE, RANKS),
+        ("ours against LoRA r8, SVD order", OURS, CUT_BY_SVD, SHOWN),
     )
     parts = []
     for text, way, reference, ranks in questions:

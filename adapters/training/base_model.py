@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,9 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from adapters.data.example import Task
 from adapters.errors import TrainingError
+from adapters.pretrained_model import LOADING_ERRORS, first_line
 from adapters.training.heads import modules_to_train
-
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 _CLASSIFIER_PARTS = r"(.*\.)?(classifier|score|pre_classifier|head|pooler)"
 """Pattern of the paths that a base's checkpoint may lack: they are to be trained, so they can't be packed."""
@@ -118,8 +116,8 @@ def load_base(
         else:
             _refuse_encoder(name)
             model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except _LOADING_ERRORS as error:
-        raise TrainingError(f"model {name!r} can't be loaded for {task}: {_first_line(error)}") from error
+    except LOADING_ERRORS as error:
+        raise TrainingError(f"model {name!r} can't be loaded for {task}: {first_line(error)}") from error
     base = Base(model, tokenizer, tuple(sorted(info["missing_keys"])))
     _refuse_random_weights(name, task, base, [str(key[0]) for key in info["mismatched_keys"]])
     if tokenizer.pad_token_id is None:
@@ -158,7 +156,3 @@ def _refuse_random_weights(name: str, task: Task, base: Base, mismatched: Sequen
     if lost:
         shown = ", ".join(sorted(lost)[:3]) + (", ..." if len(lost) > 3 else "")
         raise TrainingError(f"model {name!r} lacks {len(lost)} of the weights that {task} needs, or has others: {shown}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -96,9 +96,9 @@ class DyLoRAConfig:
         if problems:
             raise InvalidAdapter(problems)
 
-    def adapter_config(self, base_model: str | None = None) -> AdapterConfig:
-        """The facts that outlive training."""
-        return AdapterConfig(AdapterKind.DYLORA, self.r_max, self.alpha, self.rslora, self.ranks, base_model)
+    def adapter_config(self, base_model: str | None = None, labels: tuple[str, ...] = ()) -> AdapterConfig:
+        """The facts that outlive training; `labels` are a classifier's."""
+        return AdapterConfig(AdapterKind.DYLORA, self.r_max, self.alpha, self.rslora, self.ranks, base_model, labels)
 
     def rank_weights(self) -> tuple[float, ...]:
         """Unnormalised probability of each legal rank."""

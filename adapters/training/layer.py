@@ -164,13 +164,12 @@ def set_rank(model: nn.Module, rank: int) -> None:
         layer.rank, layer.row_scales = rank, None
 
 
-def set_row_ranks(model: nn.Module, ranks: Sequence[int]) -> None:
-    """Select a rank for each row of the batch that follows, in every layer, until `set_rank` or this is called again.
+def set_row_ranks(layers: Sequence[NestedLoRA], ranks: Sequence[int]) -> None:
+    """Select a rank for each row of the batch that follows, in all `layers`, until `set_rank` or this is called again.
 
     Raises:
         IllegalRank: the adapter does not have one of them; no layer is changed then.
     """
-    layers = [layer for _, layer in nested_layers(model)]
     made: dict[tuple[AdapterConfig, torch.device, torch.dtype], Tensor] = {}  # the layers of a model share one
     for layer in layers:
         a = layer.lora_a

@@ -115,7 +115,7 @@ def execute(run: TrainingRun) -> TrainReport:
 
     trainer = DyLoRATrainer(run.dylora, base.model, rows, run.settings, folder.checkpoints, eval_rows)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder.checkpoints) if run.resume else None)
-    adapter = trained_adapter(base.model, run.dylora.adapter_config(run.model or None))
+    adapter = trained_adapter(base.model, run.dylora.adapter_config(run.model or None, corpus.labels))
     if eval_rows:
         measured_on, metrics = str(run.eval_data), trainer.last_measured() or trainer.evaluate()
     else:

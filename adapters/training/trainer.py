@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.integrations import TensorBoardCallback
 from transformers.pytorch_utils import Conv1D
@@ -216,7 +218,7 @@ class DyLoRATrainer(PairTrainer):
             the mean loss.
         """
         if self._dylora.rank_per is RankPer.ROW:
-            set_row_ranks(self._module, self._ranks_of_rows(len(inputs["input_ids"])))
+            set_row_ranks(self._layers, self._ranks_of_rows(len(inputs["input_ids"])))
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         # global_step moves once per optimiser step: every micro-batch of the step sees the same ranks.
@@ -257,10 +259,11 @@ class DyLoRATrainer(PairTrainer):
             `eval_rank_4_loss`, `eval_rank_4_accuracy` and so on.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = self.get_eval_dataloader(dataset)
         metrics: dict[str, float] = {}
         for rank in self._eval_ranks:
             set_rank(self._module, rank)
-            loss, count, correct = self._totals(dataset)
+            loss, count, correct = self._totals(batches, rank)
             metrics[f"{metric_key_prefix}_rank_{rank}_loss"] = loss / count
             if is_classifier(self._module):
                 metrics[f"{metric_key_prefix}_rank_{rank}_accuracy"] = correct / count
@@ -274,11 +277,12 @@ class DyLoRATrainer(PairTrainer):
         return next((found for entry in entries if (found := _measured(entry))), None)
 
     @torch.no_grad()
-    def _totals(self, dataset: Any) -> tuple[float, float, float]:
-        """Loss, tokens (or texts) and hits over `dataset`, from all processes; each row counts once."""
+    def _totals(self, batches: DataLoader[Any], rank: int) -> tuple[float, float, float]:
+        """Loss, tokens (or texts) and hits over `batches` at the selected rank, from all processes; each row counts once."""
         self._module.eval()
         totals = torch.zeros(3, dtype=torch.float64)
-        for batch in self.get_eval_dataloader(dataset):
+        is_silent = self.args.disable_tqdm or not self.is_world_process_zero()
+        for batch in tqdm(batches, desc=f"evaluating rank {rank}", unit="batch", leave=False, disable=is_silent):
             inputs = self._prepare_inputs(batch)
             labels = inputs.pop("labels")
             with self.accelerator.autocast():

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Several
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -26,6 +27,7 @@ from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel
 from service.engine.model_check import check_served_alike
 from service.engine.planner import Planner
+from service.engine.prompts import Prompts
 from service.engine.runner import Runner, pack
 from service.engine.scheduler import Batch, Scheduler, Sequence
 from service.engine.ticket import Ticket
@@ -96,6 +98,7 @@ class Engine:
         )
         self._runner = Runner(loaded, cache)
         self._vocabulary = Vocabulary(loaded.tokenizer)
+        self._prompts = Prompts(loaded.tokenizer)
         check_served_alike(loaded, self._runner, block_tokens=options.kv_block_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._scheduler = Scheduler(
@@ -153,9 +156,25 @@ class Engine:
             self._is_draining = True
             return self._lock.wait_for(lambda: not self._live and not self._ending, timeout_s)
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt, as the model's own tokenizer gives them."""
-        return tuple(self._loaded.tokenizer.encode(text))
+        return self._prompts.encode(text, with_special=with_special)
+
+    def encode_chat(
+        self, messages: Several[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, by the tokenizer's chat template.
+
+        Raises:
+            InvalidRequest: there is no chat template, or it refuses the conversation.
+        """
+        return self._prompts.encode_chat(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
+
+    def decode(self, ids: Several[int]) -> str:
+        """The text of some tokens, without the special ones."""
+        return self._prompts.decode(ids)
 
     def adaptable_modules(self) -> Mapping[str, tuple[int, int]]:
         """Paths of the linear modules inside the model's blocks, which adapters usually adapt, with their (in, out)."""

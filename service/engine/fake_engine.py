@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -81,6 +81,7 @@ class FakeEngine:
     ) -> None:
         self.refuse_adapters: str | None = None
         """Set to a reason, it is what `load` refuses every adapter with."""
+        self.has_chat_template = True
         self.submitted: list[GenerationRequest] = []
         """Every request taken, for tests that check what reached the engine."""
         self.loaded: dict[str, Adapter] = {}
@@ -125,13 +126,28 @@ class FakeEngine:
             self._is_draining = True
             return self._changed.wait_for(lambda: not self._requests, timeout_s)
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
         """One token per byte."""
         return tuple(text.encode())
 
     def adaptable_modules(self) -> Mapping[str, tuple[int, int]]:
         """None: there is no model."""
         return {}
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
+    ) -> tuple[int, ...]:
+        """A line for each message, unless `has_chat_template` is false."""
+        if not self.has_chat_template:
+            raise InvalidRequest("messages", "this model has no chat template")
+        text = "".join(f"{each['role']}: {each['content']}\n" for each in messages)
+        if continue_final_message:
+            return self.encode(text.removesuffix("\n"))
+        return self.encode(text + ("assistant:" if add_generation_prompt else ""))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The bytes as text."""
+        return bytes(token for token in ids if token != EOS_ID).decode(errors="replace")
 
     def load(self, version: str, adapter: Adapter) -> None:
         """Remember the adapter, or refuse it as `refuse_adapters` says."""
@@ -284,7 +300,7 @@ class FakeEngine:
         if self._eos_after == index and not request.sampling.ignore_eos:
             return Token(EOS_ID, "", -0.5, special=True)
         choice = request.adapter
-        alternatives = tuple(Alternative(i, f" {WORDS[i % len(WORDS)]}", -i / 4) for i in range(request.sampling.alternatives))
+        alternatives = _alternatives(request.sampling.alternatives)
         seed = request.sampling.seed if request.sampling.do_sample else None
         key = (request.prompt_ids, choice and (choice.version, choice.rank), seed, index)
         digest = hashlib.sha256(repr(key).encode()).digest()
@@ -312,7 +328,14 @@ def _finish_reason(each: _Running, token: Token) -> FinishReason | None:
 def _prompt(request: GenerationRequest) -> tuple[PromptToken, ...]:
     if not request.sampling.prompt_logprobs:
         return ()
-    return tuple(PromptToken(byte, chr(byte), -byte / 64 if i else None) for i, byte in enumerate(request.prompt_ids))
+    others = _alternatives(request.sampling.alternatives)
+    first, *rest = request.prompt_ids
+    following = (PromptToken(byte, chr(byte), -byte / 64, alternatives=others) for byte in rest)
+    return (PromptToken(first, chr(first), None), *following)
+
+
+def _alternatives(count: int) -> tuple[Alternative, ...]:
+    return tuple(Alternative(i, f" {WORDS[i % len(WORDS)]}", -i / 4) for i in range(count))
 
 
 def _usage(each: _Running) -> Usage:

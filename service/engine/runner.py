@@ -8,7 +8,7 @@ from torch import Tensor
 from service.engine.adapted import LoraStep, lora_step
 from service.engine.kv_cache import KVCache, Span, attention_step
 from service.engine.model import LoadedModel
-from service.engine.sampling import Chosen, Sampler
+from service.engine.sampling import Chosen, Sampler, most_probable
 from service.engine.scheduler import Batch, Chunk, Sequence
 
 
@@ -105,8 +105,13 @@ def _score(scored: tuple[Scored, ...], logits: Tensor) -> None:
     """Hand every sequence the log-probabilities of its scored rows. `logits` is [scored, vocabulary]."""
     if not scored:
         return
+    logits = logits.float()
     next_ids = torch.tensor([token for each in scored for token in each.next_ids], device=logits.device)
-    logprobs = (logits.gather(1, next_ids[:, None]).squeeze(1).float() - logits.float().logsumexp(-1)).tolist()
+    normaliser = logits.logsumexp(-1)  # [scored]
+    logprobs = (logits.gather(1, next_ids[:, None]).squeeze(1) - normaliser).tolist()
+    counts = [each.sequence.request.sampling.alternatives for each in scored for _ in each.rows]
+    alternatives = most_probable(logits, normaliser, counts)
     for each in scored:
         each.sequence.prompt_logprobs += logprobs[: len(each.rows)]
-        del logprobs[: len(each.rows)]
+        each.sequence.prompt_alternatives += alternatives[: len(each.rows)]
+        del logprobs[: len(each.rows)], alternatives[: len(each.rows)]

@@ -226,10 +226,24 @@ def _filtered(scores: Tensor, plan: _Plan) -> Tensor:
 
 def _with_alternatives(chosen: list[Chosen], logits: Tensor, normaliser: Tensor, plan: _Plan) -> list[Chosen]:
     """Add the most probable tokens of the rows that ask for them."""
-    asking = [row for row, _ in plan.alternatives]
-    ids = highest_ids(logits[asking], max(count for _, count in plan.alternatives))  # [asking, most]
-    logprobs = logits[asking].gather(1, ids) - normaliser[asking][:, None]
-    for (row, count), tokens, numbers in zip(plan.alternatives, ids.tolist(), logprobs.tolist(), strict=True):
-        pairs = tuple(zip(tokens[:count], numbers[:count], strict=False))
+    asking, counts = zip(*plan.alternatives, strict=True)
+    found = most_probable(logits[list(asking)], normaliser[list(asking)], counts)
+    for row, pairs in zip(asking, found, strict=True):
         chosen[row] = Chosen(chosen[row].token_id, chosen[row].logprob, pairs)
     return chosen
+
+
+def most_probable(logits: Tensor, normaliser: Tensor, counts: Rows[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The most probable tokens of each row with their log-probabilities, most probable first.
+
+    Args:
+        logits: [rows, vocabulary], float32.
+        normaliser: logsumexp of each row, [rows].
+        counts: how many each row asks for; the vocabulary may have fewer.
+    """
+    if not any(counts):
+        return [()] * len(counts)
+    ids = highest_ids(logits, max(counts))  # [rows, most]
+    logprobs = logits.gather(1, ids) - normaliser[:, None]
+    rows = zip(counts, ids.tolist(), logprobs.tolist(), strict=True)
+    return [tuple(zip(tokens[:count], numbers[:count], strict=True)) for count, tokens, numbers in rows]

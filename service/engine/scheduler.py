@@ -20,6 +20,7 @@ class Sequence:
         digests: of the first full blocks of `tokens`, as far as they were needed; they stay right as tokens are added.
         preemptions: how often its cache was given up and computed again.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they are known; empty unless asked for.
+        prompt_alternatives: beside them, the most probable tokens' ids and log-probabilities.
     """
 
     request: GenerationRequest
@@ -29,6 +30,7 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     preemptions: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)

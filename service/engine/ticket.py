@@ -99,8 +99,17 @@ class Ticket:
         """The prompt's tokens with their log-probabilities, if they were asked for."""
         if not self.request.sampling.prompt_logprobs:
             return ()
-        pairs = zip(self.request.prompt_ids, [None, *self.sequence.prompt_logprobs], strict=True)
-        return tuple(PromptToken(token, self.vocabulary.text_of(token), logprob) for token, logprob in pairs)
+        logprobs, alternatives = self.sequence.prompt_logprobs, self.sequence.prompt_alternatives
+        return tuple(
+            PromptToken(
+                token,
+                self.vocabulary.text_of(token),
+                logprob,
+                token in self.vocabulary.special_ids,
+                tuple(self._alternative(*pair) for pair in pairs),
+            )
+            for token, logprob, pairs in zip(self.request.prompt_ids, [None, *logprobs], [(), *alternatives], strict=True)
+        )
 
     def _mode(self) -> Mode:
         return next(iter(self.modes)) if len(self.modes) == 1 else Mode.MIXED

@@ -1,6 +1,7 @@
 """The HTTP application: routes, errors and life cycle around one engine and one store."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,20 +17,24 @@ from service import latency_start
 from service.core import EngineProtocol
 from service.errors import ServiceError
 from service.forecast import EngineSizes
-from service.http import routes_adapters, routes_generate, routes_ops
+from service.http import routes_adapters, routes_generate, routes_openai, routes_ops, routes_quality, routes_vllm
 from service.http.auth import Authentication
 from service.http.auto_rank import AutoRank
+from service.http.calibration import Calibrations
 from service.http.error_table import ErrorKind
 from service.http.metrics import Metrics
 from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
 from service.http.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
 from service.http.registry import AdapterRegistry, ServedAdapter
+from service.http.request_log import RequestLog
+from service.http.request_spans import RequestSpans
 from service.http.services import Services
 from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
-from service.http.validation_text import describe
+from service.http.tracing import Tracing
+from service.http.validation_text import describe, first_field, known_fields
 from service.latency_model import LatencyModel
-from service.log import logger, pairs
+from service.log import entry, logger
 from service.margins import Margins
 from service.settings import Settings
 from service.version import VERSION
@@ -41,6 +46,7 @@ def create_app(
     store: AdapterStore,
     metrics: Metrics,
     tenants: Tenants | None = None,
+    tracing: Tracing | None = None,
     latency: LatencyModel | None = None,
 ) -> FastAPI:
     """Make the application. Its lifespan starts and stops the engine; who opened the store closes it.
@@ -49,6 +55,7 @@ def create_app(
         engine: made, not started, with `metrics` and `latency` as its observers.
         store: open, of this process alone.
         tenants: those of the settings, unless given.
+        tracing: makes a trace of each request; who made it closes it.
         latency: predicts the engine's steps; a new one, which predicts nothing unless the engine tells it, if not given.
 
     Raises:
@@ -59,7 +66,8 @@ def create_app(
     sizes = EngineSizes(settings.max_running_requests, settings.max_batch_tokens, settings.prefill_chunk_tokens)
     auto_rank = AutoRank(latency or LatencyModel(), engine, sizes, Margins(settings.slo_target))
     shadow = ShadowScorer(engine, metrics, settings.shadow_share)
-    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, auto_rank, shadow)
+    calibrations = Calibrations(engine, registry)
+    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, auto_rank, shadow, calibrations)
     metrics.watch(engine.stats, registry.counts)
     app = FastAPI(
         title="dylora-serve",
@@ -69,8 +77,8 @@ def create_app(
         redoc_url=None,
     )
     app.state.services = services
-    for router in (routes_generate.router, routes_adapters.router, routes_ops.router):
-        app.include_router(router)
+    for routes in (routes_generate, routes_openai, routes_vllm, routes_adapters, routes_quality, routes_ops):
+        app.include_router(routes.router)
     app.add_exception_handler(ServiceError, _on_error)
     app.add_exception_handler(AdapterError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -80,6 +88,9 @@ def create_app(
     # The last one added is the outermost: whoever has no key is told so before a byte of the body is read.
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, tenants=tenants)
+    app.add_middleware(RequestLog)
+    if tracing is not None:
+        app.add_middleware(RequestSpans, tracing=tracing)
     app.add_middleware(RequestIds)
     return app
 
@@ -94,6 +105,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         services.draining.set()
+        await services.calibrations.stop()
         await asyncio.to_thread(services.engine.stop)
         await loading
 
@@ -101,18 +113,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _load(services: Services) -> None:
     try:
         latency_start.prepare(services.auto_rank.model, services.engine, services.settings, services.draining.is_set)
-    except Exception:
-        logger.exception("measuring latencies failed; they are learned from requests")
+    except Exception as error:
+        logger.exception(entry("measuring latencies failed; they are learned from requests", error=error))
     try:
         services.registry.load_all(_log_loaded, services.draining.is_set)
-    except Exception:
+    except Exception as error:
         # /ready stays 503 and names no adapter as served: an operator sees it there and here.
-        logger.exception("loading the stored adapters failed")
+        logger.exception(entry("loading the stored adapters failed", error=error))
 
 
 def _log_loaded(served: ServedAdapter, done: int, of: int) -> None:
-    line = pairs(adapter=served.name, done=done, of=of, state=served.state, problem=served.problem)
-    (logger.warning if served.problem else logger.info)("%s", "adapter loaded " + line)
+    line = entry("adapter loaded", adapter=served.name, done=done, of=of, state=served.state, problem=served.problem)
+    (logger.warning if served.problem else logger.info)(line)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
@@ -121,7 +133,9 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return refuse(request.scope, ErrorKind(422, "validation"), describe(error.errors()))
+    findings = error.errors()
+    known = known_fields(request.url.path)
+    return refuse(request.scope, ErrorKind(422, "validation"), describe(findings, known), param=first_field(findings))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -129,9 +143,20 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 400:
         # FastAPI's word for a body that Python's JSON reader gives up on: not UTF-8, or nested too deep.
         return refuse(request.scope, ErrorKind(422, "validation"), "body: not JSON: not UTF-8, or nested too deep")
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
     types = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
     kind = ErrorKind(error.status_code, types.get(error.status_code, "validation"))
-    return refuse(request.scope, kind, str(error.detail), error.headers)
+    return refuse(request.scope, kind, str(error.detail), headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of a path; a router knows those of one of its routes only."""
+    paths = request.app.openapi()["paths"]
+    matches = (re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), request.url.path) for path in paths)
+    found = (methods for match, methods in zip(matches, paths.values(), strict=True) if match)
+    return sorted({method.upper() for methods in found for method in methods})
 
 
 async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
@@ -140,7 +165,7 @@ async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     request_id = request.state.request_id
-    logger.error("%s", "bug " + pairs(request_id=request_id, path=request.url.path, error=type(error).__name__))
+    logger.error(entry("bug", request_id=request_id, path=request.url.path, error=type(error).__name__))
     message = f"internal error; the server's log has it under {request_id}"
     # Outside the middleware that adds the id to every other answer.
     return refuse(request.scope, ErrorKind(500, "internal"), message, {REQUEST_ID_HEADER: request_id})

@@ -1,6 +1,7 @@
 """Which adapter and rank serve a request, and what is predicted of it."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.core import SamplingParams
@@ -62,6 +63,15 @@ def ask_of(prompt_tokens: int, sampling: SamplingParams) -> Ask:
     most = sampling.max_new_tokens
     can_end_early = not sampling.ignore_eos or sampling.stop or sampling.stop_token_ids
     return Ask(prompt_tokens, most, max(1, sampling.min_new_tokens) if can_end_early else most)
+
+
+def largest(asks: Sequence[Ask]) -> Ask:
+    """One that takes as long as any of a request's sequences, of which there is at least one."""
+    return Ask(
+        max(each.prompt_tokens for each in asks),
+        max(each.new_tokens for each in asks),
+        max(each.least_tokens for each in asks),
+    )
 
 
 def choose(services: Services, selection: Selection, caller: ApiKey, ask: Ask | None = None, arrived_at: float = 0.0) -> Choice:

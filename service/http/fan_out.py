@@ -1,11 +1,14 @@
 """Several sequences of one prompt: each is a request of its own to the engine, which batches them and reuses the prompt."""
 
+import asyncio
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
 
+from service.core import Event
 from service.errors import ServiceError
-from service.http.stream import EventStream
+from service.http.stream import TERMINAL, EventStream
 
 _SEED_BITS = 53
 """What every JSON reader keeps exactly."""
@@ -24,10 +27,16 @@ def sequence_seed(seed: int, index: int) -> int:
 
 
 class FanOut:
-    """The event streams of one request's sequences. First `submit`, then read inside a block, which ends them all."""
+    """The event streams of one request's sequences. First `submit`, then read inside a block, which ends them all.
 
-    def __init__(self, streams: Sequence[EventStream]) -> None:
+    Args:
+        arrived: what all the streams were given, so that they can be read together.
+    """
+
+    def __init__(self, streams: Sequence[EventStream], arrived: asyncio.Event) -> None:
         self.streams = tuple(streams)
+        self._arrived = arrived
+        self._open = deque(range(len(self.streams)))
 
     async def __aenter__(self) -> "FanOut":
         return self
@@ -46,6 +55,24 @@ class FanOut:
                 for taken in self.streams[:number]:
                     taken.close()
                 raise
+
+    async def next(self) -> tuple[int, Event]:
+        """The next event of any sequence, with its number; in turn where several have one.
+
+        Each sequence ends with its terminal event. After the last of these there is none: don't ask.
+        """
+        while True:
+            # Cleared before looking: an event that comes after the look sets it again.
+            self._arrived.clear()
+            for _ in range(len(self._open)):
+                number = self._open[0]
+                self._open.rotate(-1)
+                event = self.streams[number].poll()
+                if event is not None:
+                    if isinstance(event, TERMINAL):
+                        self._open.remove(number)
+                    return number, event
+            await self._arrived.wait()
 
     def cut_at(self, moment: float, error: ServiceError) -> None:
         """Cut the sequences off at a moment of the event loop's clock that have not ended by then."""

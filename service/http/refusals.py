@@ -5,7 +5,17 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from service.errors import InvalidRequest, KeyOverLimit, NoKey, QueueFull, SloUnattainable, WrongScope
+from adapters.errors import IllegalRank
+from service.errors import (
+    AdapterUnfit,
+    InvalidRequest,
+    KeyOverLimit,
+    NoKey,
+    QueueFull,
+    SloUnattainable,
+    UnknownAdapter,
+    WrongScope,
+)
 from service.http.error_table import ErrorKind, kind_of, openai_body
 from service.http.services import Services
 
@@ -29,6 +39,7 @@ def refuse(
         facts: more fields of the body, for programs to read.
     """
     services: Services = scope["app"].state.services
+    scope.setdefault("state", {})["error_type"] = kind.type  # for the log
     if kind.status != NOBODY_TO_ANSWER:
         services.metrics.error_answered(kind.type)
     is_generating = scope["method"] == "POST" and scope["path"] in GENERATING_PATHS
@@ -42,11 +53,27 @@ def refuse(
 
 def refuse_error(scope: Scope, error: Exception) -> JSONResponse:
     """The answer to an error of either tree."""
-    param = error.field if isinstance(error, InvalidRequest) else None
-    facts = {}
-    if isinstance(error, SloUnattainable):
-        facts = {"attainable": {"rank": error.rank, **{name: round(ms, 2) for name, ms in error.attainable._asdict().items()}}}
-    return refuse(scope, kind_of(error), str(error), _headers(scope, error), param, facts)
+    return refuse(scope, kind_of(error), str(error), _headers(scope, error), _param(error), _facts(error))
+
+
+def _param(error: Exception) -> str | None:
+    """The field that is to blame."""
+    match error:
+        case InvalidRequest():
+            return error.field
+        case UnknownAdapter() | AdapterUnfit():
+            return "model"
+        case IllegalRank():
+            return "rank"
+    return None
+
+
+def _facts(error: Exception) -> dict[str, object]:
+    """More fields of the body."""
+    if not isinstance(error, SloUnattainable):
+        return {}
+    times = {name: round(ms, 2) for name, ms in error.attainable._asdict().items()}
+    return {"attainable": {"rank": error.rank, **times}}
 
 
 def _headers(scope: Scope, error: Exception) -> dict[str, str]:

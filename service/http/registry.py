@@ -5,13 +5,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
 from adapters.adapter import Adapter
+from adapters.checkpoint import write_peft
 from adapters.errors import AdapterBusy, AdapterError, InvalidName
 from adapters.nesting import energy_per_rank, export_rank
 from adapters.quality import QualityProfile
@@ -42,6 +43,7 @@ class ServedAdapter:
     Attributes:
         stored: None where its files could not even be described.
         facts: what rank policies need of it.
+        bytes_at: legal rank to the bytes of the factors at that rank.
         problem: why it is unfit, None when it is ready.
         owner: name of the API key that alone may see it; None for a shared adapter.
     """
@@ -52,6 +54,7 @@ class ServedAdapter:
     facts: RankFacts
     problem: str | None = None
     owner: str | None = None
+    bytes_at: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def is_visible_to(self, viewer: str) -> bool:
         """Whether a caller, by the name of its key, may know of it."""
@@ -177,12 +180,14 @@ class AdapterRegistry:
         """Claim a name for one upload or deletion, from its first byte on.
 
         Raises:
-            InvalidName: not a legal name.
+            InvalidName: not a legal name, or the base model's.
             UnknownAdapter: the name is another's.
             AdapterBusy: another one is under way.
             NotReady: the store is still being loaded.
         """
-        _check_name(name)
+        check_name(name)
+        if name in RESERVED_NAMES or name == self._engine.model.name:
+            raise InvalidName(name, "this name is reserved")
         if not self.is_loaded:
             raise NotReady
         with self._names_lock:
@@ -222,7 +227,7 @@ class AdapterRegistry:
             started_at = time.perf_counter()
             self._engine.load(stored.version, adapter)
             seconds = time.perf_counter() - started_at
-            taken.append(_ready(stored, self._facts(stored, adapter)))
+            taken.append(self._ready(stored, adapter))
 
         with self._change:
             is_new = name not in self._served
@@ -237,6 +242,24 @@ class AdapterRegistry:
             self._serve(served)
             self._observer.adapter_loaded(name, stored.quality, seconds)
         return served, is_new
+
+    def holds(self, name: str) -> bool:
+        """Whether there is an adapter of that name, fit or not. Call inside `writing`, which says if it is another's."""
+        return name in self._served
+
+    def set_quality(self, name: str, profile: QualityProfile) -> ServedAdapter:
+        """Give an adapter another quality profile, which makes it a new version. Call inside `writing`.
+
+        Raises:
+            AdapterUnfit: its files can't be read.
+            StoreFull: the store has no room for both versions.
+        """
+        stored = self._served[name].stored
+        if stored is None:
+            raise AdapterUnfit(name, "its files can't be read")
+        with self._store.new_upload() as folder:
+            write_peft(replace(self._store.load(stored), quality=profile), folder)
+            return self.put(name, folder, renest=False)[0]
 
     def delete(self, name: str, viewer: str = "") -> None:
         """Forget an adapter; requests in flight keep it until they end. Call inside `writing`.
@@ -286,7 +309,7 @@ class AdapterRegistry:
             facts = RankFacts(stored.config.ranks)
             return ServedAdapter(stored.name, stored, AdapterState.UNFIT, facts, str(error), stored.owner)
         self._observer.adapter_loaded(stored.name, stored.quality, time.perf_counter() - started_at)
-        return _ready(stored, self._facts(stored, adapter))
+        return self._ready(stored, adapter)
 
     def _check_not_anothers(self, name: str, viewer: str) -> None:
         served = self._served.get(name)
@@ -304,25 +327,25 @@ class AdapterRegistry:
         if version not in named:
             self._engine.unload(version)
 
-    def _facts(self, stored: StoredAdapter, adapter: Adapter) -> RankFacts:
-        config = stored.config
-        parameters = {rank: parameters_at(adapter, rank) for rank in config.ranks}
+    def _ready(self, stored: StoredAdapter, adapter: Adapter) -> ServedAdapter:
+        ranks = stored.config.ranks
+        parameters = {rank: parameters_at(adapter, rank) for rank in ranks}
         prior = None
         if stored.quality is None and adapter.modules:
-            prior = energy_prior(energy_per_rank(adapter).mean, config.ranks)
-        return RankFacts(config.ranks, stored.quality, parameters, self._engine.model.parameters, prior)
-
-
-def _ready(stored: StoredAdapter, facts: RankFacts) -> ServedAdapter:
-    return ServedAdapter(stored.name, stored, AdapterState.READY, facts, owner=stored.owner)
-
-
-def _check_name(name: str) -> None:
-    check_name(name)
-    if name in RESERVED_NAMES:
-        raise InvalidName(name, "this name is reserved")
+            prior = energy_prior(energy_per_rank(adapter).mean, ranks)
+        facts = RankFacts(ranks, stored.quality, parameters, self._engine.model.parameters, prior)
+        bytes_at = {rank: bytes_at_rank(adapter, rank) for rank in ranks}
+        return ServedAdapter(stored.name, stored, AdapterState.READY, facts, owner=stored.owner, bytes_at=bytes_at)
 
 
 def parameters_at(adapter: Adapter, rank: int) -> int:
     """Numbers in the factors that a token meets at a rank: its work, next to the base model's parameters."""
     return sum(min(rank, m.rank) * (m.a.shape[1] + m.b.shape[0]) for m in adapter.modules.values())
+
+
+def bytes_at_rank(adapter: Adapter, rank: int) -> int:
+    """Bytes of the factors at a rank."""
+    return sum(
+        min(rank, m.rank) * (m.a.shape[1] * m.a.element_size() + m.b.shape[0] * m.b.element_size())
+        for m in adapter.modules.values()
+    )

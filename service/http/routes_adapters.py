@@ -1,27 +1,23 @@
 """The adapters: list, upload, replace, delete, export."""
 
 from contextlib import ExitStack
-from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, Field
 from starlette import types
 
-from adapters.config import AdapterKind
 from service.errors import InvalidRequest
-from service.http.registry import AdapterState, ServedAdapter
-from service.http.routes_common import TheCaller, TheServices, errors, needs
+from service.http import changes
+from service.http.adapter_schemas import AdapterOut, entry_of
+from service.http.routes_common import AdapterName, TheCaller, TheServices, errors, needs
 from service.http.uploads import receive_upload
 from service.keys import Scope
 
 router = APIRouter(prefix="/adapters", tags=["adapters"], responses=errors(401, 403, 429))
 _READ = [needs(Scope.ADAPTERS_READ)]
 _WRITE = [needs(Scope.ADAPTERS_WRITE)]
-
-Name = Annotated[str, Path(description="The adapter's name: letters, digits, '.', '_', '-'.", max_length=256)]
 
 _UPLOAD_BODY: dict[str, Any] = {
     "required": True,
@@ -43,42 +39,16 @@ _UPLOAD_BODY: dict[str, Any] = {
 }
 
 
-class QualityOut(BaseModel):
-    """Measured quality per rank, in the adapter's own metric."""
-
-    metric: str
-    higher_is_better: bool
-    values: dict[int, float]
-    source: str
-
-
-class AdapterOut(BaseModel):
-    """One adapter as listings show it. Fields are null where its files can't be read."""
-
-    id: str
-    version: str | None = Field(description="SHA-256 of its content.")
-    kind: AdapterKind | None = Field(description="dylora, renested (a plain LoRA in SVD order), or lora (one rank).")
-    ranks: list[int] = Field(description="Every rank it can be served at.")
-    r_max: int | None
-    alpha: float | None
-    targets: list[str] = Field(description="Last part of the adapted modules' names.")
-    bytes: int | None
-    private: bool = Field(description="Whether only the API key that uploaded it sees it.")
-    state: AdapterState
-    problem: str | None = Field(description="Why it is unfit.")
-    quality: QualityOut | None
-
-
 @router.get("", response_model=list[AdapterOut], dependencies=_READ)
 async def list_adapters(services: TheServices, caller: TheCaller) -> list[AdapterOut]:
     """All adapters by name: the shared ones, and those of the API key."""
-    return [_entry(served) for served in services.registry.list(caller.name)]
+    return [entry_of(served) for served in services.registry.list(caller.name)]
 
 
 @router.get("/{name}", response_model=AdapterOut, dependencies=_READ, responses=errors(404, 422, 503))
-async def get_adapter(name: Name, services: TheServices, caller: TheCaller) -> AdapterOut:
+async def get_adapter(name: AdapterName, services: TheServices, caller: TheCaller) -> AdapterOut:
     """One adapter."""
-    return _entry(services.registry.get(name, caller.name))
+    return entry_of(services.registry.get(name, caller.name))
 
 
 @router.put(
@@ -89,7 +59,7 @@ async def get_adapter(name: Name, services: TheServices, caller: TheCaller) -> A
     openapi_extra={"requestBody": _UPLOAD_BODY},
 )
 async def put_adapter(
-    name: Name,
+    name: AdapterName,
     request: Request,
     response: Response,
     services: TheServices,
@@ -115,22 +85,20 @@ async def put_adapter(
         if None not in (renest, in_form) and renest != in_form:
             raise InvalidRequest("renest", f"{renest} in the query contradicts {in_form} in the form; give one")
         wants_renest = next((each for each in (renest, in_form) if each is not None), True)
-        served, is_new = await to_thread.run_sync(partial(registry.put, name, files, renest=wants_renest, owner=owner))
+        served, is_new = await changes.put_adapter(services, name, files, renest=wants_renest, owner=owner)
     response.status_code = 201 if is_new else 200
-    return _entry(served)
+    return entry_of(served)
 
 
 @router.delete("/{name}", status_code=204, dependencies=_WRITE, responses=errors(404, 409, 422, 503))
-async def delete_adapter(name: Name, services: TheServices, caller: TheCaller) -> None:
+async def delete_adapter(name: AdapterName, services: TheServices, caller: TheCaller) -> None:
     """Delete an adapter. Requests in flight keep it until they end."""
-    services.check_accepting()
-    with services.registry.writing(name, caller.name):
-        await to_thread.run_sync(services.registry.delete, name, caller.name)
+    await changes.delete_adapter(services, name, caller.name)
 
 
 @router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 422, 503))
 async def export_adapter(
-    name: Name,
+    name: AdapterName,
     services: TheServices,
     caller: TheCaller,
     rank: Annotated[int | None, Query(ge=1, description="Rank to export; the largest unless given.")] = None,
@@ -154,29 +122,3 @@ class _ScratchFile(FileResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._cleanup.close()
-
-
-def _entry(served: ServedAdapter) -> AdapterOut:
-    stored = served.stored
-    profile = stored.quality if stored else None
-    return AdapterOut(
-        id=served.name,
-        version=stored.version if stored else None,
-        kind=stored.config.kind if stored else None,
-        ranks=list(stored.config.ranks) if stored else [],
-        r_max=stored.config.r_max if stored else None,
-        alpha=stored.config.alpha if stored else None,
-        targets=list(stored.targets) if stored else [],
-        bytes=stored.nbytes if stored else None,
-        private=served.owner is not None,
-        state=served.state,
-        problem=served.problem,
-        quality=QualityOut(
-            metric=profile.primary.name,
-            higher_is_better=profile.primary.higher_is_better,
-            values=dict(profile.primary.values),
-            source=profile.source,
-        )
-        if profile
-        else None,
-    )

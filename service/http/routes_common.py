@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Security, params
+from fastapi import Depends, Path, Request, Security, params
 from fastapi.security import HTTPBearer
 
 from service.http.arrival import Arrival
+from service.http.openai.answer_schemas import OpenAIError
 from service.http.schemas import ErrorResponse
 from service.http.services import Services
 from service.http.tenants import check_scope
@@ -23,6 +24,12 @@ TheServices = Annotated[Services, Depends(_services)]
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the server has keys.")
 """For the OpenAPI document only: the middleware has looked at the key by then."""
+
+
+ADAPTER_NAME = "The adapter's name: letters, digits, '.', '_', '-'."
+NAME_SCHEMA: dict[str, Any] = {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}
+"""For the document. Whatever else a name may be, there is no adapter of that name."""
+AdapterName = Annotated[str, Path(description=ADAPTER_NAME, max_length=256, json_schema_extra=NAME_SCHEMA)]
 
 
 def _caller(request: Request) -> ApiKey:
@@ -66,6 +73,21 @@ _MEANINGS = {
     504: "The request was not complete by its deadline.",
     507: "The store is full.",
 }
+
+
+def plain_text(description: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers well in plain text, and with errors in JSON."""
+    return {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": description}}
+
+
+def event_stream(description: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers with server-sent events, perhaps beside its response_model."""
+    return {200: {"content": {"text/event-stream": {}}, "description": description}}
+
+
+def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route under /v1."""
+    return {status: {"model": OpenAIError, "description": _MEANINGS[status]} for status in statuses}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -1,21 +1,17 @@
 """POST /generate, POST /generate_stream, and POST / for clients that say in the body which of the two they want."""
 
-from collections.abc import AsyncIterator
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette import types
 
-from service.core import Mode, TokenEvent
 from service.errors import InvalidRequest
 from service.http import answers
-from service.http.disconnect import closing_on_disconnect
-from service.http.generation import Submitted, submit
-from service.http.refusals import NOBODY_TO_ANSWER
-from service.http.routes_common import TheServices, arrival_of, errors, needs
+from service.http.generate_task import generate_task
+from service.http.generation import Submitted
+from service.http.routes_answering import answer_streamed, answer_whole
+from service.http.routes_common import TheServices, errors, event_stream, needs
 from service.http.schemas import CompatRequest, GenerateRequest, GenerateResponse, StreamResponse
+from service.http.served import WholeAnswer
 from service.http.services import Services
-from service.http.stream import EventStream
 from service.keys import Scope
 
 router = APIRouter(
@@ -31,13 +27,22 @@ async def generate(body: GenerateRequest, request: Request, services: TheService
     return await _whole(body, request, services, is_wrapped=False)
 
 
-@router.post("/generate_stream", response_model=StreamResponse, response_class=StreamingResponse)
+@router.post(
+    "/generate_stream",
+    response_model=StreamResponse,
+    response_class=StreamingResponse,
+    responses=event_stream("Server-sent events, each a StreamResponse."),
+)
 async def generate_stream(body: GenerateRequest, request: Request, services: TheServices) -> Response:
     """Generate a text and send every token as it is made, as server-sent events."""
     return await _streamed(body, request, services)
 
 
-@router.post("/", response_model=list[GenerateResponse])
+@router.post(
+    "/",
+    response_model=list[GenerateResponse],
+    responses=event_stream("Whole; with stream, server-sent events, as of /generate_stream."),
+)
 async def generate_compat(body: CompatRequest, request: Request, services: TheServices) -> Response:
     """Either of the two by `stream`; a whole answer is wrapped in a list, as Hugging Face's inference API has it."""
     if body.stream:
@@ -46,33 +51,18 @@ async def generate_compat(body: CompatRequest, request: Request, services: TheSe
 
 
 async def _whole(body: GenerateRequest, request: Request, services: Services, *, is_wrapped: bool) -> Response:
-    submitted = await _submit(body, request, services, is_streamed=False)
-    try:
-        async with submitted.sequences, closing_on_disconnect(request.receive, submitted.sequences):
-            answer, end = await answers.collect(submitted, body)
-    except answers.ClientGone:
-        return Response(status_code=NOBODY_TO_ANSWER)
-    text = answer.model_dump_json(exclude={"details"} if answer.details is None else None)
-    headers = answers.serving_headers(submitted, end.mode) | answers.timing_headers(end)
-    return Response(f"[{text}]" if is_wrapped else text, media_type="application/json", headers=headers)
+    async def collect(submitted: Submitted) -> WholeAnswer:
+        answer = await answers.collect(submitted, body)
+        return WholeAnswer(f"[{answer.text}]", answer.mode, answer.usage) if is_wrapped else answer
+
+    return await answer_whole(request, services, generate_task(body), collect)
 
 
 async def _streamed(body: GenerateRequest, request: Request, services: Services) -> Response:
     _check_streamable(body)
-    submitted = await _submit(body, request, services, is_streamed=True)
-    events = submitted.events
-    try:
-        # The first event is awaited before the headers are sent: they say its mode, and an early failure has a status.
-        async with closing_on_disconnect(request.receive, events):
-            first = await events.next()
-        mode = first.mode if isinstance(first, TokenEvent) else answers.finished_or_raise(first).mode
-    except answers.ClientGone:
-        return Response(status_code=NOBODY_TO_ANSWER)
-    except BaseException:
-        events.close()
-        raise
-    headers = answers.serving_headers(submitted, Mode(mode)) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return _ClosingResponse(answers.stream(submitted, body, first), events, headers)
+    return await answer_streamed(
+        request, services, generate_task(body), lambda submitted, first: answers.stream(submitted, body, first)
+    )
 
 
 def _check_streamable(body: GenerateRequest) -> None:
@@ -81,23 +71,3 @@ def _check_streamable(body: GenerateRequest) -> None:
         raise InvalidRequest("best_of", f"{best_of} answers can't be streamed; legal in a stream: 1")
     if body.parameters.decoder_input_details:
         raise InvalidRequest("decoder_input_details", "true is not available in a stream; legal in a stream: false")
-
-
-async def _submit(body: GenerateRequest, request: Request, services: Services, *, is_streamed: bool) -> Submitted:
-    submitted = await submit(services, body, arrival_of(request, is_streamed=is_streamed))
-    request.state.is_submitted = True  # from here on its terminal event is counted
-    return submitted
-
-
-class _ClosingResponse(StreamingResponse):
-    """Aborts the request however the response ends, also before its first byte."""
-
-    def __init__(self, content: AsyncIterator[str], events: EventStream, headers: dict[str, str]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers=headers)
-        self._events = events
-
-    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._events.close()

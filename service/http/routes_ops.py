@@ -7,11 +7,12 @@ from functools import lru_cache
 from importlib import resources
 
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from service.http.routes_common import TheServices, errors, needs
+from service.http.routes_common import TheServices, errors, needs, plain_text
+from service.http.schemas import MAX_BEST_OF, MAX_STOPS
 from service.keys import Scope
 from service.version import VERSION
 
@@ -24,21 +25,28 @@ class Info(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
     model_id: str
+    model_sha: str | None = Field(description="The revision of a hub model, where one was set.")
+    model_pipeline_tag: str = "text-generation"
     model_type: str
     model_dtype: str
     model_device_type: str
     model_parameters: int
     model_bytes: int
+    max_input_tokens: int
     max_total_tokens: int
+    max_best_of: int = MAX_BEST_OF
+    max_stop_sequences: int = MAX_STOPS
+    max_client_batch_size: int = 1
     max_concurrent_requests: int
     max_queued_requests: int
     max_batch_tokens: int
     policies: list[str]
     default_policy: str
+    router: str = "dylora-serve"
     version: str
 
 
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+@router.get("/", response_class=HTMLResponse)
 async def playground() -> HTMLResponse:
     """A page to try ranks on."""
     html, policy = _page()
@@ -67,11 +75,13 @@ async def info(services: TheServices) -> Info:
     model, settings = services.engine.model, services.settings
     return Info(
         model_id=model.name,
+        model_sha=settings.revision,
         model_type=model.model_type,
         model_dtype=model.dtype,
         model_device_type=model.device,
         model_parameters=model.parameters,
         model_bytes=model.nbytes,
+        max_input_tokens=min(settings.max_prompt_tokens or model.max_context_tokens, model.max_context_tokens - 1),
         max_total_tokens=model.max_context_tokens,
         max_concurrent_requests=settings.max_running_requests,
         max_queued_requests=settings.max_waiting_requests,
@@ -82,7 +92,12 @@ async def info(services: TheServices) -> Info:
     )
 
 
-@router.get("/metrics", response_class=PlainTextResponse, dependencies=[needs(Scope.METRICS)], responses=errors(401, 403, 429))
+@router.get(
+    "/metrics",
+    response_model=None,
+    dependencies=[needs(Scope.METRICS)],
+    responses={**plain_text("Prometheus' text format."), **errors(401, 403, 429)},
+)
 def metrics(services: TheServices) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

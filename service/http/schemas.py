@@ -2,7 +2,18 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StrictBool,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from service.core import FinishReason, Mode
 from service.http.not_served import NotServed
@@ -20,21 +31,29 @@ MIN_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature leave what float32 holds; 0 is greedy."""
 
 
-def _whole_text(text: str) -> str:
+def whole_text(text: str) -> str:
+    """The text, if there is any. Raises ValueError."""
     if not text:
         raise ValueError("must not be empty")
+    return encodable(text)
+
+
+def encodable(text: str) -> str:
+    """The text, unless it holds what JSON can say and no encoding can. Raises ValueError."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError("holds half a surrogate pair, which is no text")
     return text
 
 
-def _temperature(value: float | None) -> float | None:
+def checked_temperature(value: float | None) -> float | None:
+    """A temperature that float32 can divide by. Raises ValueError."""
     if value is not None and 0 < value < MIN_TEMPERATURE:
         raise ValueError(f"must be 0 (greedy) or at least {MIN_TEMPERATURE}")
     return value
 
 
-def _is_none(value: object) -> bool:
+def is_none(value: object) -> bool:
+    """For fields that are left out where they say nothing."""
     return value is None
 
 
@@ -45,7 +64,16 @@ def rank_wish(value: object) -> object:
     raise ValueError('legal: an integer of at least 1, "max", "auto"')
 
 
-Text = Annotated[str, Field(strict=True), AfterValidator(_whole_text)]
+class OrNull:
+    """Metadata of a type whose validator takes null as well, so that the OpenAPI document says so."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [handler(schema), {"type": "null"}]}
+
+
+Text = Annotated[str, Field(strict=True, json_schema_extra={"minLength": 1}), AfterValidator(whole_text)]
+PlainText = Annotated[str, Field(strict=True), AfterValidator(encodable)]
+"""A text that may be empty."""
 Name = Annotated[str, Field(strict=True, max_length=256)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Rank = Annotated[
@@ -59,6 +87,7 @@ Stops = Annotated[
     list[Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]],
     Field(max_length=MAX_STOPS),
     BeforeValidator(lambda value: [] if value is None else value),
+    OrNull(),
 ]
 Alternatives = Annotated[int, Field(strict=True, ge=0, le=MAX_ALTERNATIVES)]
 Penalty = Annotated[Finite, Field(ge=-2, le=2)]
@@ -67,14 +96,24 @@ Biases = Annotated[
     dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASED_TOKENS),
     BeforeValidator(lambda value: {} if value is None else value),
+    OrNull(),
 ]
 StopTokens = Annotated[
     list[Annotated[TokenId, Field(strict=True)]],
     Field(max_length=MAX_STOP_TOKENS),
     BeforeValidator(lambda value: [] if value is None else value),
+    OrNull(),
 ]
-Switch = Annotated[StrictBool, BeforeValidator(lambda value: False if value is None else value)]
+Switch = Annotated[StrictBool, BeforeValidator(lambda value: False if value is None else value), OrNull()]
 """A boolean for which clients may send null."""
+OnSwitch = Annotated[StrictBool, BeforeValidator(lambda value: True if value is None else value), OrNull()]
+"""One that is on where they do."""
+Temperature = Annotated[
+    Finite,
+    Field(ge=0, le=100),
+    AfterValidator(checked_temperature),
+    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 100}]}),
+]
 
 
 class GenerateParameters(BaseModel):
@@ -94,9 +133,7 @@ class GenerateParameters(BaseModel):
     itl_slo_ms: Milliseconds | None = Field(None, description="Objective: between two tokens, in the mean over the answer.")
     max_new_tokens: PositiveInt | None = Field(None, description="Most new tokens; 20 unless given.")
     do_sample: Switch = Field(False, description="Draw tokens instead of taking the most probable one.")
-    temperature: Annotated[Finite, Field(ge=0, le=100), AfterValidator(_temperature)] | None = Field(
-        None, description="Divides the logits; 0 is greedy."
-    )
+    temperature: Temperature | None = Field(None, description="Divides the logits; 0 is greedy.")
     top_k: PositiveInt | None = Field(None, description="Draw among this many most probable tokens.")
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
         None, description="Draw among the fewest tokens that have this probability together."
@@ -125,7 +162,7 @@ class GenerateParameters(BaseModel):
     )
     stop: Stops = Field(default_factory=list, description="Generation ends after any of these; it is kept in the text.")
     stop_token_ids: StopTokens = Field(default_factory=list, description="Generation ends after any of these tokens.")
-    include_stop_str_in_output: Annotated[StrictBool, BeforeValidator(lambda value: True if value is None else value)] = Field(
+    include_stop_str_in_output: OnSwitch = Field(
         True, description="Keep the stop text in the answer. If false, no part of it is told, in streams neither."
     )
     min_new_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = Field(
@@ -191,7 +228,7 @@ class GenerateRequest(BaseModel):
     )
 
     inputs: Text = Field(description="The prompt.")
-    parameters: Annotated[GenerateParameters, BeforeValidator(lambda value: {} if value is None else value)] = Field(
+    parameters: Annotated[GenerateParameters, BeforeValidator(lambda value: {} if value is None else value), OrNull()] = Field(
         default_factory=lambda: GenerateParameters.model_validate({})
     )
 
@@ -227,7 +264,7 @@ class TokenOut(BaseModel):
     special: bool
     skipped: bool = Field(default=False, description="Always false; LoRAX's client wants the field.")
     alternative_tokens: list[AlternativeToken] | None = Field(
-        default=None, exclude_if=_is_none, description="With return_k_alternatives."
+        default=None, exclude_if=is_none, description="With return_k_alternatives."
     )
 
 
@@ -248,7 +285,20 @@ class SloOut(BaseModel):
     met: bool | None = Field(description="Measured in the server, from the arrival of the request's headers.")
 
 
-class StreamDetails(BaseModel):
+class ServedBy(BaseModel):
+    """What served a request."""
+
+    adapter_id: str | None
+    adapter_version: str | None
+    rank: int = Field(description="0 for the base model.")
+    rank_reason: RankReason
+    rank_policy: str | None
+    predicted: PredictedTimes | None = Field(default=None, exclude_if=is_none, description="Where it could be predicted.")
+    slo: SloOut | None = Field(default=None, exclude_if=is_none, description="Where there are objectives.")
+    mode: Mode
+
+
+class StreamDetails(ServedBy):
     """What the generation took and what served it."""
 
     finish_reason: FinishReason
@@ -256,14 +306,6 @@ class StreamDetails(BaseModel):
     generated_tokens: int
     skipped_tokens: int = 0
     seed: int | None = Field(description="Null where nothing was drawn.")
-    adapter_id: str | None
-    adapter_version: str | None
-    rank: int = Field(description="0 for the base model.")
-    rank_reason: RankReason
-    rank_policy: str | None
-    predicted: PredictedTimes | None = Field(default=None, exclude_if=_is_none, description="Where it could be predicted.")
-    slo: SloOut | None = Field(default=None, exclude_if=_is_none, description="Where there are objectives.")
-    mode: Mode
 
 
 class SequenceTokens(BaseModel):
@@ -272,7 +314,7 @@ class SequenceTokens(BaseModel):
     prefill: list[PrefillToken] = Field(description="The prompt's tokens, with decoder_input_details.")
     tokens: list[TokenOut]
     top_tokens: list[list[TokenOut]] | None = Field(
-        default=None, exclude_if=_is_none, description="The most probable tokens in the place of each, with top_n_tokens."
+        default=None, exclude_if=is_none, description="The most probable tokens in the place of each, with top_n_tokens."
     )
 
 
@@ -289,7 +331,7 @@ class Details(StreamDetails, SequenceTokens):
     """The same with every token."""
 
     best_of_sequences: list[BestOfSequence] | None = Field(
-        default=None, exclude_if=_is_none, description="The other answers, with best_of."
+        default=None, exclude_if=is_none, description="The other answers, with best_of."
     )
 
 
@@ -304,7 +346,7 @@ class StreamResponse(BaseModel):
     """One event of a stream; text and details come with the last."""
 
     token: TokenOut
-    top_tokens: list[TokenOut] | None = Field(default=None, exclude_if=_is_none, description="With top_n_tokens.")
+    top_tokens: list[TokenOut] | None = Field(default=None, exclude_if=is_none, description="With top_n_tokens.")
     generated_text: str | None = None
     details: StreamDetails | None = None
 

@@ -43,6 +43,8 @@ def select(
     policy: str | None,
     headers: Mapping[str, str],
     default_adapter: str | None = None,
+    *,
+    field: str = "adapter_id",
     slo: Slo = NO_SLO,
 ) -> Selection:
     """Join body and headers.
@@ -53,28 +55,30 @@ def select(
     Args:
         headers: names in lower case.
         default_adapter: serves where neither names one; the base must then be asked for by name, as "base" or "".
+        field: what the body calls the adapter.
+        slo: the objectives that the body names.
 
     Raises:
         InvalidRequest: a rank without adapter, `name@8` beside another rank, a header that is not legal.
     """
     slo = slo.over(Slo(*(_milliseconds(headers, name) for name in SLO_HEADERS)))
-    field = "adapter_id"
+    source = field
     if adapter is None and ADAPTER_HEADER in headers:
-        adapter, field = headers[ADAPTER_HEADER], ADAPTER_HEADER
+        adapter, source = headers[ADAPTER_HEADER], ADAPTER_HEADER
     if adapter is None:
         adapter = default_adapter
-    name, at = _split(adapter or "", field)
-    if at is not None and field == "adapter_id":
-        rank = _agree(at, rank, policy, field)
+    name, at = _split(adapter or "", source)
+    if at is not None and source == field:
+        rank = _agree(at, rank, policy, source)
     elif rank is None and policy is None:
         rank, policy = _from_headers(headers)
         if at is not None:
-            rank = _agree(at, rank, policy, field)
+            rank = _agree(at, rank, policy, source)
     if name in BASE_NAMES:
         if rank is not None or policy is not None:
             given = "rank" if rank is not None else "rank_policy"
             value = rank if rank is not None else policy
-            raise InvalidRequest(given, f"{value!r:.80} without an adapter: the base has no rank; give adapter_id")
+            raise InvalidRequest(given, f"{value!r:.80} without an adapter: the base has no rank; name an adapter in {field}")
         return Selection(None, slo=slo)
     return Selection(name, rank, policy, slo)
 

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from service.http.connection import BoundedConnection
 from service.http.services import Services
-from service.log import logger, pairs
+from service.log import entry, logger
 
 _CLOSE_CONNECTIONS_S = 5
 """How long connections may take to read the rest of their answers once nothing is generated any more."""
@@ -51,7 +51,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-            logger.info("%s", "listening " + pairs(url=f"http://{host}:{self.bound_port()}"))
+            logger.info(entry("listening", url=f"http://{host}:{self.bound_port()}"))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal. uvicorn's own would close the listener first, and raise the signal again at the end."""
@@ -68,7 +68,7 @@ class DrainingServer(uvicorn.Server):
         return int(self.servers[0].sockets[0].getsockname()[1])
 
     def _drain(self) -> None:
-        logger.info("%s", "draining " + pairs(timeout_s=self._drain_timeout_s))
+        logger.info(entry("draining", timeout_s=self._drain_timeout_s))
         self.all_ended = self._services.engine.drain(self._drain_timeout_s)
         if not self.all_ended:
             logger.warning("requests still ran at the end of the drain timeout and are failed")

@@ -1,11 +1,14 @@
 """What the routes work with: one object, made by create_app and handed to every request."""
 
+import time
 from dataclasses import dataclass, field
 from threading import Event
 
 from service.core import EngineProtocol
 from service.errors import Draining
 from service.http.auto_rank import AutoRank
+from service.http.calibration import Calibrations
+from service.http.latencies import Latencies
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
 from service.http.registry import AdapterRegistry
@@ -27,8 +30,12 @@ class Services:
     tenants: Tenants
     auto_rank: AutoRank
     shadow: ShadowScorer
+    calibrations: Calibrations
+    latencies: Latencies = field(default_factory=Latencies)
     drain_rate: DrainRate = field(default_factory=DrainRate)
     """How fast generations end, for Retry-After."""
+    started_at: int = field(default_factory=lambda: int(time.time()))
+    """Unix time."""
     draining: Event = field(default_factory=Event)
     """Set once the server takes no new work; it never goes back."""
 

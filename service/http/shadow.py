@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from service.core import AdapterChoice, EngineProtocol, Event, Finished, GenerationRequest, SamplingParams, Token, TokenEvent
 from service.errors import ServiceError
 from service.http.metrics import Metrics
-from service.log import logger, pairs
+from service.log import entry, logger
 
 MAX_WAITING = 64
 """Answers that are kept to be scored; beyond them the oldest is dropped."""
@@ -123,7 +123,7 @@ class ShadowScorer:
             scored = [token.logprob or 0.0 for token in event.prompt[len(answer.prompt_ids) :]]
             divergence = mean_difference(answer.logprobs, scored)
             self._metrics.shadow_scored(answer.adapter, answer.rank, divergence)
-            logger.debug("%s", "shadow " + pairs(adapter=answer.adapter, rank=answer.rank, divergence=divergence))
+            logger.debug(entry("shadow", adapter=answer.adapter, rank=answer.rank, divergence=divergence))
         self._score_next()
 
 

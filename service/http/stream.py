@@ -24,6 +24,7 @@ class EventStream:
     Args:
         on_event: told each event first, in the engine's thread, whether or not anyone still reads. It must not raise.
         max_unread: events that may wait for the reader; None where the reader is the server itself.
+        arrived: set in the event loop when there is something to read; streams that are read together share one.
         submitting: entered around the submission; its block raises if the engine does not take the request.
     """
 
@@ -33,6 +34,7 @@ class EventStream:
         request: GenerationRequest,
         on_event: Callable[[Event], None] | None = None,
         max_unread: int | None = None,
+        arrived: asyncio.Event | None = None,
         submitting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._engine = engine
@@ -43,7 +45,7 @@ class EventStream:
         self._cut_by: ServiceError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._events: deque[Event] = deque()
-        self._arrived = asyncio.Event()
+        self._arrived = arrived or asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._is_wake_due = False
         self._has_ended = False
@@ -92,15 +94,19 @@ class EventStream:
 
     async def next(self) -> Event:
         """The next event. After the terminal one there is none: don't ask."""
-        while self._cut_by is None and not self._events:
+        while True:
+            # Cleared before looking: an event that comes after the look sets it again.
             self._arrived.clear()
-            # The sink may have appended between the check and the clear.
-            if self._cut_by is not None or self._events:
-                break
+            event = self.poll()
+            if event is not None:
+                return event
             await self._arrived.wait()
+
+    def poll(self) -> Event | None:
+        """The next event if it is there. After the terminal one there is none: don't ask."""
         if self._cut_by is not None:
             return Failed(self._request.request_id, self._cut_by)
-        return self._events.popleft()
+        return self._events.popleft() if self._events else None
 
     def _sink(self, event: Event) -> None:
         """Runs in the engine's thread."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from service.errors import KeyOverLimit, NoKey, WrongScope
 from service.http.limits import Clock, TokenBucket, whole_seconds
 from service.keys import ANYONE, ApiKey, KeyRing, KeysError, Scope, parse_keys, read_keys
-from service.log import logger, pairs
+from service.log import entry, logger
 from service.policies import PolicyBook
 from service.settings import Settings, SettingsError, variable
 
@@ -80,9 +80,9 @@ class Tenants:
         try:
             self._ring = self._read()
         except KeysError as error:
-            logger.error("%s", "API keys not read again, the old ones stay " + pairs(problem=str(error)))
+            logger.error(entry("API keys not read again, the old ones stay", problem=error))
             return
-        logger.info("%s", "API keys read again " + pairs(keys=len(list(self._ring))))
+        logger.info(entry("API keys read again", keys=len(list(self._ring))))
 
     def identify(self, authorization: str | None) -> ApiKey:
         """The caller by its Authorization header.

@@ -6,19 +6,27 @@ from dataclasses import dataclass
 from service.core import Aborted, Event, Failed, Finished, TokenEvent
 from service.errors import DeadlinePassed, SlowReader
 from service.http.limits import DrainRate
-from service.http.metrics import Metrics
-from service.log import logger, pairs
+from service.http.metrics import BASE_LABEL, Metrics
+from service.http.tracing import Phase, RequestTrace, current_trace
+from service.log import entry, logger
 
 
 @dataclass(frozen=True)
 class TrackedRequest:
-    """What a request is counted under; `rank` is 0 without adapter, `key` is the name of the API key, "" without."""
+    """What a request is counted under.
+
+    Attributes:
+        rank: 0 without adapter.
+        key: name of the API key, "" without.
+        reason: why this rank, None without adapter.
+    """
 
     request_id: str
     adapter: str | None
     rank: int
     prompt_tokens: int
     key: str = ""
+    reason: str | None = None
 
 
 class RequestTracker:
@@ -28,7 +36,9 @@ class RequestTracker:
         self._metrics = metrics
         self._drain_rate = drain_rate
         self._request = request
+        self._trace = current_trace()
         self._started_at = time.perf_counter()
+        self._first_token_at: float | None = None
         self._last_token_at: float | None = None
         self._tokens = 0
         self._mode: str | None = None
@@ -44,7 +54,7 @@ class RequestTracker:
                 self._drain_rate.ended(usage.total_s - usage.queue_s)
                 adapter, rank = self._request.adapter, self._request.rank
                 self._metrics.completed(adapter, rank, total_s=usage.total_s, queue_s=usage.queue_s)
-                self._end("ok")
+                self._end("ok", finished=event)
             case Aborted():
                 self._end("aborted")
             case Failed(error=DeadlinePassed()):
@@ -58,6 +68,7 @@ class RequestTracker:
         now = time.perf_counter()
         adapter, rank = self._request.adapter, self._request.rank
         if self._last_token_at is None:
+            self._first_token_at = now
             self._metrics.first_token(adapter, rank, now - self._started_at)
         else:
             self._metrics.token_gap(adapter, rank, now - self._last_token_at)
@@ -65,20 +76,54 @@ class RequestTracker:
         self._tokens += 1
         self._mode = event.mode.value
 
-    def _end(self, outcome: str, error: str | None = None) -> None:
+    def _end(self, outcome: str, error: str | None = None, finished: Finished | None = None) -> None:
         request = self._request
+        seconds = time.perf_counter() - self._started_at
         self._metrics.ended(request.adapter, request.rank, self._mode, outcome)
         self._metrics.tokens(prompt=request.prompt_tokens, generated=self._tokens)
-        line = pairs(
+        line = entry(
+            "request",
             request_id=request.request_id,
             outcome=outcome,
             key=request.key or None,
             adapter=request.adapter,
             rank=request.rank,
+            reason=request.reason,
             mode=self._mode,
             prompt_tokens=request.prompt_tokens,
             generated_tokens=self._tokens,
-            seconds=time.perf_counter() - self._started_at,
+            seconds=seconds,
             error=error,
+            trace_id=self._trace.trace_id if self._trace else None,
         )
-        (logger.error if outcome == "failed" else logger.info)("%s", "request " + line)
+        (logger.error if outcome == "failed" else logger.info)(line)
+        if self._trace is not None:
+            self._add_span(self._trace, outcome, seconds, finished)
+
+    def _add_span(self, trace: RequestTrace, outcome: str, seconds: float, finished: Finished | None) -> None:
+        request = self._request
+        attributes: dict[str, str | int | tuple[str, ...] | None] = {
+            "dylora.adapter": request.adapter or BASE_LABEL,
+            "dylora.rank": request.rank,
+            "dylora.rank_reason": request.reason,
+            "dylora.mode": self._mode,
+            "dylora.outcome": outcome,
+            "gen_ai.usage.input_tokens": request.prompt_tokens,
+            "gen_ai.usage.output_tokens": self._tokens,
+            "gen_ai.response.finish_reasons": (finished.reason.value,) if finished else None,
+        }
+        known = {name: value for name, value in attributes.items() if value is not None}
+        trace.add("generate", seconds, known, self._phases(seconds, finished), is_error=outcome in ("failed", "timeout"))
+
+    def _phases(self, seconds: float, finished: Finished | None) -> list[Phase]:
+        """Queue, prefill and decode; of a request that was cut off, what is known."""
+        if finished is not None:
+            usage = finished.usage
+            return [
+                Phase("queue", 0, usage.queue_s),
+                Phase("prefill", usage.queue_s, usage.time_to_first_token_s),
+                Phase("decode", usage.time_to_first_token_s, usage.total_s),
+            ]
+        if self._first_token_at is not None:
+            return [Phase("decode", self._first_token_at - self._started_at, seconds)]
+        return []

@@ -4,21 +4,36 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from service.http.openai.schemas import ChatRequest, CompletionRequest
 from service.http.schemas import CompatRequest, GenerateParameters
 
 _MAX_VALUE_CHARACTERS = 80
-_KNOWN = tuple({**GenerateParameters.model_fields, **CompatRequest.model_fields})
+_OF_GENERATE = tuple({**GenerateParameters.model_fields, **CompatRequest.model_fields})
+_KNOWN = {"/v1/completions": tuple(CompletionRequest.model_fields), "/v1/chat/completions": tuple(ChatRequest.model_fields)}
 
 
-def describe(findings: Sequence[Any]) -> str:
+def known_fields(path: str) -> tuple[str, ...]:
+    """The fields of a route's body, among which a misspelt one is looked for."""
+    return _KNOWN.get(path, _OF_GENERATE)
+
+
+def describe(findings: Sequence[Any], known: Sequence[str] = _OF_GENERATE) -> str:
     """All offenders, joined by semicolons."""
-    return "; ".join(dict.fromkeys(_sentence(finding) for finding in findings))
+    return "; ".join(dict.fromkeys(_sentence(finding, known) for finding in findings))
 
 
-def _sentence(finding: Any) -> str:
-    kind, where = finding["type"], [str(part) for part in finding["loc"][1:]]  # the first is body, query or path
-    if where[:1] == ["parameters"] and len(where) > 1:
-        where = where[1:]
+def first_field(findings: Sequence[Any]) -> str | None:
+    """The first offender's name; None where it is the whole body."""
+    return next((".".join(_where(each)) or None for each in findings if each["type"] != "json_invalid"), None)
+
+
+def _where(finding: Any) -> list[str]:
+    where = [str(part) for part in finding["loc"][1:]]  # the first is body, query or path
+    return where[1:] if where[:1] == ["parameters"] and len(where) > 1 else where
+
+
+def _sentence(finding: Any, known: Sequence[str]) -> str:
+    kind, where = finding["type"], _where(finding)
     message = finding["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":
         return f"body: not JSON: {finding.get('ctx', {}).get('error', message)}"
@@ -28,7 +43,7 @@ def _sentence(finding: Any) -> str:
     if kind == "missing":
         return f"{name}: must be given"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(where[-1], _KNOWN, n=1)
+        near = difflib.get_close_matches(where[-1], known, n=1)
         return f"{name}: no such field" + (f"; did you mean {near[0]}?" if near else "")
     return f"{name}: {_shown(finding['input'])} is not legal: {message}"
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from adapters.data.formats import FORMATS
 from adapters.demo import ARTIFACTS
 from loadtests.server_process import ServerProcess
 from service.keys import KeyEntry
-from service.settings import Settings
+from service.settings import Settings, variable
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +45,21 @@ def test_a_block_of_the_library_runs(language: str, block: str, tmp_path: Path) 
     command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euo", "pipefail", "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_block_for_openais_client_runs(demo: ServerProcess, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(from openai.*?)```", README, re.DOTALL)
+    script = block.replace("localhost:8000", f"127.0.0.1:{demo.port}")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines() if line[:1].isdigit()][:3] == ["1", "16", "0"]
+
+
+def test_every_route_is_documented(demo: ServerProcess) -> None:
+    paths = httpx.get(f"{demo.url}/openapi.json").raise_for_status().json()["paths"]
+    named = [re.sub(r"\\{\w+\\}", r"[\\w{}-]+", re.escape(path)) for path in paths]
+    assert len(named) > 15
+    assert [path for path in named if not re.search(rf"{path}(?![\w/])", README)] == []
 
 
 def test_the_two_answers_are_what_the_demo_says(demo: ServerProcess) -> None:
@@ -82,7 +98,12 @@ def test_settings_that_readme_names_exist() -> None:
     assert len(named) > 10
     assert named <= set(Settings.model_fields)
     assert {"default_policy", "quality_tolerance", "budget_share", "metrics_max_adapters"} <= set(Settings.model_fields)
+    assert set(re.findall(r"\bDYLORA_[A-Z_]+", README)) <= {variable(name) for name in Settings.model_fields}
 
 
 def test_every_field_of_a_key_is_documented() -> None:
     assert [name for name in KeyEntry.model_fields if f"`{name}`" not in README] == []
+
+
+def test_every_format_of_data_is_documented() -> None:
+    assert [name for name in FORMATS if f"`{name}`" not in README] == []

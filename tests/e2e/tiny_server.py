@@ -23,6 +23,10 @@ from tests.tiny_models import VOCAB, random_peft_adapter, tiny_model
 KIND = "llama"
 CONTEXT = 8192
 """Long, so that a test can hold a request in flight for as long as it needs."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }} => {% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 PROMPT = "name[The Vaults], food[Italian], area[riverside] => "
 SMALL = {"kv_cache_bytes": "16MiB", "merged_cache_bytes": "4MiB", "threads": 1, "log_level": "warning", "latency_sweep_s": 0}
 """Settings that keep a test's server small."""
@@ -43,7 +47,9 @@ def write_model(folder: Path) -> Path:
     )
     bpe.train_from_iterator([PROMPT, "the cat sat on the mat and then the rat sat there too. "] * 2, trainer)
     assert bpe.get_vocab_size() == VOCAB
-    PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="</s>").save_pretrained(str(folder))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(str(folder))
     return folder
 
 

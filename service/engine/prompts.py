@@ -1,0 +1,46 @@
+"""Prompts between text and token ids, in the model's own tokenizer and chat template."""
+
+from collections.abc import Mapping, Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from service.errors import InvalidRequest
+
+
+class Prompts:
+    """What one tokenizer makes of prompts. Fast tokenizers are not re-entrant: one caller at a time."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
+        """Token ids, with or without what the tokenizer puts around a text."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=with_special))
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, by the chat template.
+
+        Raises:
+            InvalidRequest: there is no chat template, or it refuses the conversation.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("messages", "this model has no chat template, so it can't chat; /v1/completions serves it")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequest("messages", f"the model's chat template refuses them: {error}") from None
+        # The template has written what belongs around the text.
+        return self.encode(str(text), with_special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, without the special ones."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)

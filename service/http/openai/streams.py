@@ -1,0 +1,131 @@
+"""From events to OpenAI's streams: one chunk for each token of any choice, and `[DONE]` at the end."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from service.core import EngineProtocol, Event, Finished, Token, TokenEvent
+from service.errors import ServiceError
+from service.http.error_table import kind_of, openai_body
+from service.http.generation import Submitted
+from service.http.openai.answer_schemas import ChatChunk, ChatChunkChoice, CompletionChoice, CompletionChunk, Delta, Usage
+from service.http.openai.answers import prompt_texts, stop_reason, told_usage, total_usage
+from service.http.openai.heading import Heading
+from service.http.openai.logprobs import chat_logprobs, completion_logprobs
+from service.http.openai.schemas import ChatRequest, CompletionRequest
+from service.http.served import ClientGone, finished_or_raise, served_by
+
+First = tuple[int, Event]
+"""What was read already: an event with the number of its sequence."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A token of one choice; `end` with its last, `is_first` with its first."""
+
+    index: int
+    token: Token
+    is_first: bool
+    end: Finished | None = None
+
+
+async def stream_completion(
+    submitted: Submitted, body: CompletionRequest, heading: Heading, engine: EngineProtocol, first: First
+) -> AsyncIterator[str]:
+    """The events of /v1/completions."""
+    texts = await prompt_texts(submitted, body, engine)
+    offsets = [0] * len(submitted.samplings)
+
+    def chunk(piece: _Piece) -> CompletionChunk:
+        index, text = piece.index, piece.token.text
+        logprobs = None
+        if body.logprobs is not None:
+            logprobs = completion_logprobs([piece.token], body.logprobs, offsets[index])
+            offsets[index] += len(text)
+        echoed = texts[index // body.drawn] if piece.is_first else ""
+        choice = CompletionChoice(
+            index=index,
+            text=echoed + text,
+            logprobs=logprobs,
+            finish_reason=stop_reason(piece.end) if piece.end else None,
+        )
+        served = served_by(submitted, piece.end.mode) if piece.end else None
+        return CompletionChunk(**heading.fields, lora=served, choices=[choice])
+
+    def last(usage: Usage) -> CompletionChunk:
+        return CompletionChunk(**heading.fields, choices=[], usage=usage)
+
+    async for event in _events(submitted, first, chunk, last if body.includes_usage else None):
+        yield event
+
+
+async def stream_chat(submitted: Submitted, body: ChatRequest, heading: Heading, first: First) -> AsyncIterator[str]:
+    """The events of /v1/chat/completions."""
+
+    def chunk(piece: _Piece) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=piece.index,
+            delta=Delta(role="assistant" if piece.is_first else None, content=piece.token.text),
+            logprobs=chat_logprobs([piece.token], body.top_logprobs or 0) if body.logprobs else None,
+            finish_reason=stop_reason(piece.end) if piece.end else None,
+        )
+        served = served_by(submitted, piece.end.mode) if piece.end else None
+        return ChatChunk(**heading.fields, lora=served, choices=[choice])
+
+    def last(usage: Usage) -> ChatChunk:
+        return ChatChunk(**heading.fields, choices=[], usage=usage)
+
+    async for event in _events(submitted, first, chunk, last if body.includes_usage else None):
+        yield event
+
+
+async def _events(
+    submitted: Submitted,
+    first: First,
+    chunk: Callable[[_Piece], BaseModel],
+    last: Callable[[Usage], BaseModel] | None,
+) -> AsyncIterator[str]:
+    ends: list[Finished] = []
+    try:
+        async for piece in _pieces(submitted, first):
+            yield _sse(chunk(piece))
+            if piece.end is not None:
+                ends.append(piece.end)
+    except ServiceError as error:
+        yield f"data: {json.dumps(openai_body(str(error), kind_of(error)))}\n\n"
+        return
+    except ClientGone:
+        return
+    if last is not None:
+        yield _sse(last(told_usage(total_usage(submitted, ends))))
+    yield "data: [DONE]\n\n"
+
+
+async def _pieces(submitted: Submitted, first: First) -> AsyncIterator[_Piece]:
+    """The tokens of all choices as they come; the last of each waits for its end, which follows at once."""
+    left = len(submitted.samplings)
+    seen: set[int] = set()
+    waiting: dict[int, _Piece] = {}
+    index, event = first
+    while True:
+        if isinstance(event, TokenEvent):
+            piece = _Piece(index, event.token, is_first=index not in seen)
+            seen.add(index)
+            if event.is_last:
+                waiting[index] = piece
+            else:
+                yield piece
+        else:
+            end = finished_or_raise(event)
+            piece = waiting.pop(index)
+            yield _Piece(index, piece.token, piece.is_first, end)
+            left -= 1
+            if not left:
+                return
+        index, event = await submitted.sequences.next()
+
+
+def _sse(chunk: BaseModel) -> str:
+    return f"data: {chunk.model_dump_json()}\n\n"

@@ -1,0 +1,78 @@
+"""How many tokens a request may have: what it asks for, against what the model and the server allow."""
+
+from dataclasses import dataclass
+
+from service.core import ModelFacts
+from service.errors import InvalidRequest
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class TokenFields:
+    """What a schema calls the fields that say how many tokens, for errors.
+
+    Attributes:
+        truncate: the one that shortens a prompt; "" where there is none.
+    """
+
+    prompt: str
+    new_tokens: str
+    least_new_tokens: str
+    truncate: str
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """What the model and the server allow.
+
+    Attributes:
+        context: prompt and answer together.
+        longest_prompt, most_new: None for no limit of their own.
+    """
+
+    context: int
+    longest_prompt: int | None = None
+    most_new: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, model: ModelFacts) -> "TokenLimits":
+        """Those of a server."""
+        return cls(model.max_context_tokens, settings.max_prompt_tokens, settings.max_new_tokens_limit)
+
+    def new_tokens(self, prompt_tokens: int, asked: int | None, default: int | None, least: int, fields: TokenFields) -> int:
+        """How many tokens to generate at most, at least 1.
+
+        Args:
+            asked: what the request says; None where it says nothing.
+            default: what it then gets, no more than the server allows; None for whatever the context leaves.
+            least: how many it wants at least.
+
+        Raises:
+            InvalidRequest: the prompt is empty, or something is too long.
+        """
+        self._check_prompt(prompt_tokens, fields)
+        if asked is not None and self.most_new is not None and asked > self.most_new:
+            message = f"{asked} is above this server's limit; legal: 1 to {self.most_new}"
+            raise InvalidRequest(fields.new_tokens, message)
+        new_tokens = asked or min(default or max(self.context - prompt_tokens, 1), self.most_new or self.context)
+        if new_tokens >= self.context:
+            message = f"{new_tokens} leaves no prompt in the context of {self.context} tokens; legal: 1 to {self.context - 1}"
+            raise InvalidRequest(fields.new_tokens, message)
+        if prompt_tokens + new_tokens > self.context:
+            hint = f", or set {fields.truncate} to at most {self.context - new_tokens}" if fields.truncate else ""
+            raise InvalidRequest(
+                fields.prompt,
+                f"{prompt_tokens} prompt tokens and {fields.new_tokens} {new_tokens} make {prompt_tokens + new_tokens}, above "
+                f"the context of {self.context} tokens; shorten the prompt, lower {fields.new_tokens}{hint}",
+            )
+        if least > new_tokens:
+            message = f"{least} is above {fields.new_tokens} {new_tokens}; legal: 0 to {new_tokens}"
+            raise InvalidRequest(fields.least_new_tokens, message)
+        return new_tokens
+
+    def _check_prompt(self, prompt_tokens: int, fields: TokenFields) -> None:
+        if not prompt_tokens:
+            raise InvalidRequest(fields.prompt, "holds no token for this model; give some text")
+        if self.longest_prompt is not None and prompt_tokens > self.longest_prompt:
+            message = f"{prompt_tokens} prompt tokens are above this server's limit; legal: 1 to {self.longest_prompt}"
+            raise InvalidRequest(fields.prompt, message)
