@@ -26,7 +26,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-slow test-gpu docker-test check lint types format demo-model paper bench lock clean
+.PHONY: help setup serve test test-slow test-gpu docker-test check lint types format demo-model paper bench slo lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ paper: $(READY) ## Compare DyLoRA with LoRA on real data, a day on two cores: ma
 
 bench: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
 	@$(BIN)/python -m loadtests.throughput $(ARGS)
+
+slo: $(READY) ## Compare fixed ranks and auto-rank under deadlines over HTTP, an hour: make slo OUT=folder [E2E=devset.csv]
+	$(BIN)/python -m loadtests.slo $(if $(OUT),--out "$(OUT)") $(if $(E2E),--e2e "$(E2E)") $(ARGS)
 
 lock: $(READY) ## Pin the newest versions that fit pyproject.toml into constraints.txt (torch by hand, there)
 	@"$(BIN)/python" .ci/setup_env.py --lock

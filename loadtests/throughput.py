@@ -56,7 +56,7 @@ def main() -> None:
     settings = dict(setting.split("=", 1) for setting in options.set)
     with tempfile.TemporaryDirectory() as folder:
         # A store of its own, so that two runs measure the same adapters.
-        own = {"adapters_dir": Path(folder) / "adapters", "log_level": "warning", **settings}
+        own = {"adapters_dir": Path(folder) / "adapters", "log_level": "warning", "latency_sweep_s": 0, **settings}
         with ServerProcess(own, Path(folder) / "log") as server:
             show(point="start", seconds=round(server.start_s, 2), rss_mb=_mb(server))
             asyncio.run(measure(server.url, options))

@@ -278,6 +278,9 @@ class EngineStats:
 
     Blocks that are neither used nor cached are free; a cached one holds a prefix that no request uses, and makes room for
     any that needs it.
+
+    Attributes:
+        merged_choices: the pairs whose merged weights are held.
     """
 
     running: int = 0
@@ -288,17 +291,29 @@ class EngineStats:
     resident_adapters: int = 0
     adapter_bytes: int = 0
     merged: CacheStats = field(default_factory=CacheStats)
+    merged_choices: frozenset[AdapterChoice] = frozenset()
     prefix: PrefixStats = field(default_factory=PrefixStats)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of the engine, told to the observer."""
+    """One step of the engine, told to the observer: its work, and how long it took.
+
+    Attributes:
+        columns: adapter columns in use: the sum over its distinct adapters of the largest rank among their rows.
+        row_ranks: the sum over its rows, prompt tokens included, of their own ranks.
+        adapters: its distinct adapters.
+        context_tokens: tokens whose keys and values its chunks read, their own included.
+    """
 
     mode: Mode
     prefill_tokens: int
     decode_rows: int
     seconds: float
+    columns: int = 0
+    row_ranks: int = 0
+    adapters: int = 0
+    context_tokens: int = 0
 
 
 class EngineObserver(Protocol):
@@ -309,6 +324,23 @@ class EngineObserver(Protocol):
 
     def on_merge(self, seconds: float) -> None:
         """Merged weights were computed."""
+
+
+class EngineObservers:
+    """Several observers as one."""
+
+    def __init__(self, *observers: EngineObserver) -> None:
+        self._observers = observers
+
+    def on_step(self, report: StepReport) -> None:
+        """Tell each of a step."""
+        for observer in self._observers:
+            observer.on_step(report)
+
+    def on_merge(self, seconds: float) -> None:
+        """Tell each of a merge."""
+        for observer in self._observers:
+            observer.on_merge(seconds)
 
 
 class EngineProtocol(Protocol):
@@ -350,6 +382,9 @@ class EngineProtocol(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, without the special ones."""
+
+    def adaptable_modules(self) -> Mapping[str, tuple[int, int]]:
+        """Paths of the linear modules inside the model's blocks, which adapters usually adapt, with their (in, out)."""
 
     def load(self, version: str, adapter: Adapter) -> None:
         """Make an adapter servable. Idempotent per version.

@@ -14,6 +14,7 @@ ServiceError
 ├── TooManyJobs           too many calibrations wait
 ├── UnknownJob            the request names a calibration that there is not
 ├── Draining              the server is shutting down and takes no new requests
+├── SloUnattainable       the request's latency objectives can't be met; says what could be
 ├── DeadlinePassed        the request took longer than the client or the server allows
 ├── SlowReader            the client left too many tokens of its stream unread
 ├── EngineFailed          a step raised; the request is over, the engine goes on
@@ -21,6 +22,8 @@ ServiceError
 """
 
 from collections.abc import Sequence
+
+from service.slo import Slo, Times
 
 
 class ServiceError(Exception):
@@ -127,6 +130,27 @@ class Draining(ServiceError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down and takes no new requests")
+
+
+class SloUnattainable(ServiceError):
+    """The request's latency objectives can't be met.
+
+    Attributes:
+        policy: the name that it is counted under.
+        rank: the smallest that may serve it.
+        attainable: the times that are predicted at that rank.
+        is_for_good: an idle server could not meet them either, so that trying again is in vain.
+    """
+
+    def __init__(self, policy: str, slo: Slo, rank: int, attainable: Times, when: str, *, is_for_good: bool) -> None:
+        self.policy = policy
+        self.rank = rank
+        self.attainable = attainable
+        self.is_for_good = is_for_good
+        super().__init__(
+            f"{slo}: not attainable; at rank {rank}, {when}, the prediction is {attainable.latency_ms:.0f} ms in all, "
+            f"{attainable.ttft_ms:.0f} ms to the first token, {attainable.itl_ms:.1f} ms between tokens"
+        )
 
 
 class DeadlinePassed(ServiceError):

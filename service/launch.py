@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 from adapters.limits import CheckpointLimits
 from adapters.store.store import AdapterStore
 from service import demo, log
-from service.core import EngineObserver, EngineProtocol
+from service.core import EngineObserver, EngineObservers, EngineProtocol
 from service.engine.engine import Engine, EngineOptions
 from service.engine.model import load_model
 from service.http import server
@@ -17,6 +17,7 @@ from service.http.app import create_app
 from service.http.metrics import Metrics
 from service.http.tenants import Tenants
 from service.http.tracing import Tracing
+from service.latency_model import LatencyModel
 from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
@@ -39,12 +40,13 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
     with _open_store(settings) as store:
         metrics = Metrics(settings.metrics_max_adapters)
         log.logger.info(log.entry("loading model", model=settings.model))
-        engine = make_engine(settings, metrics)
+        latency = LatencyModel()
+        engine = make_engine(settings, EngineObservers(metrics, latency))
         model = engine.model
         log.logger.info(log.entry("model loaded", parameters=model.parameters, device=model.device, dtype=model.dtype))
         if settings.demo_adapters and settings.model == DEMO_MODEL:
             demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
-        app = create_app(settings, engine, store, metrics, tenants, tracing)
+        app = create_app(settings, engine, store, metrics, tenants, tracing, latency)
         try:
             return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
         finally:

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from service.errors import InvalidRequest
+from service.slo import Slo
 
 
 class PolicyKind(StrEnum):
@@ -19,6 +20,17 @@ class PolicyKind(StrEnum):
     """The smallest rank whose measured quality is within `tolerance` of the best."""
     BUDGET = "budget"
     """The largest rank whose adapter work per token stays under `share` of the base model's."""
+    LATENCY = "latency"
+    """The rank of the highest quality that is predicted to meet the latency objectives."""
+
+
+class WhenUnattainable(StrEnum):
+    """What becomes of a request whose objectives no rank is predicted to meet beside what is in flight."""
+
+    SERVE = "serve"
+    """It is served at the floor."""
+    REFUSE = "refuse"
+    """It is answered with 503, unless nothing else is in flight."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,8 @@ class Policy:
         share: adapter parameters at the rank over base parameters, the bound of a budget policy.
         floor: no smaller rank is chosen where the adapter has a larger one.
         ceiling: no larger rank is chosen where the adapter has a smaller one; None for no bound.
+        latency_slo_ms, ttft_slo_ms, itl_slo_ms: objectives of a latency policy, where a request names none at all.
+        when_unattainable: what a latency policy does at the floor.
     """
 
     kind: PolicyKind
@@ -39,6 +53,10 @@ class Policy:
     share: float = 0.05
     floor: int = 1
     ceiling: int | None = None
+    latency_slo_ms: float | None = None
+    ttft_slo_ms: float | None = None
+    itl_slo_ms: float | None = None
+    when_unattainable: WhenUnattainable = WhenUnattainable.SERVE
 
     # Read by pydantic where a policy comes from JSON: a misspelt key must not be dropped.
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -56,6 +74,14 @@ class Policy:
             raise ValueError(f"floor must be at least 1, not {self.floor}")
         if self.ceiling is not None and self.ceiling < self.floor:
             raise ValueError(f"ceiling must be at least the floor {self.floor}, not {self.ceiling}")
+        slo = self.slo  # which checks its own values
+        if self.kind is not PolicyKind.LATENCY and not slo.is_empty:
+            raise ValueError(f"{slo} is for kind 'latency' only")
+
+    @property
+    def slo(self) -> Slo:
+        """The objectives of a latency policy. Raises ValueError if one is not above 0."""
+        return Slo(self.latency_slo_ms, self.ttft_slo_ms, self.itl_slo_ms)
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,8 @@ class RankBounds:
 
     def of(self, ranks: Iterable[int]) -> tuple[int, ...]:
         """Those of an adapter's ranks that are allowed."""
+        if self.floor == 1 and self.ceiling is None:  # of most callers, and this is asked for every request
+            return tuple(ranks)
         return tuple(r for r in ranks if r >= self.floor and (self.ceiling is None or r <= self.ceiling))
 
     def __str__(self) -> str:

@@ -11,10 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+from platformdirs import user_cache_dir
 from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.policies import Policy, PolicyBook, PolicyKind
+from service.policies import Policy, PolicyBook, PolicyKind, WhenUnattainable
 
 ENV_PREFIX = "DYLORA_"
 DEMO_MODEL = "demo"
@@ -24,6 +25,7 @@ KIB = 1024
 MIB = 1024 * 1024
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[ByteSize, Field(ge=0)]
 
 
@@ -133,6 +135,25 @@ class Settings(BaseSettings):
     budget_share: float = Field(
         0.05, gt=0, description="adapter work per token, as a share of the base's, allowed by the policy 'budget'"
     )
+    latency_slo_ms: Milliseconds | None = Field(None, description="end-to-end objective of the policy 'latency'")
+    ttft_slo_ms: Milliseconds | None = Field(None, description="its objective for the first token")
+    itl_slo_ms: Milliseconds | None = Field(None, description="its objective for the time between tokens, in the mean")
+    slo_target: float = Field(0.99, gt=0, lt=1, description="share of requests that shall meet their objectives")
+    slo_unattainable: WhenUnattainable = Field(
+        WhenUnattainable.SERVE, description="where the policy 'latency' can't meet them: serve at its floor, or refuse with 503"
+    )
+    latency_sweep_s: float = Field(
+        10, ge=0, allow_inf_nan=False, description="longest sweep at start that measures steps, if none is cached; 0: none"
+    )
+    latency_cache_dir: Path = Field(
+        default_factory=lambda: Path(user_cache_dir("dylora")) / "latency", description="folder of what sweeps have measured"
+    )
+    shadow_share: float = Field(
+        0, ge=0, le=1, description="share of answers below the full rank that are scored at it while the server is idle"
+    )
+    adapter_policies: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict, description='an adapter\'s own default policy, JSON: {"mr-to-text": "latency"}'
+    )
     policies: Annotated[dict[str, Policy], NoDecode] = Field(
         default_factory=dict, description='further policies, JSON: {"fast": {"kind": "budget", "share": 0.01}}'
     )
@@ -142,7 +163,7 @@ class Settings(BaseSettings):
     log_level: LogLevel = Field(LogLevel.INFO, description="least severe messages that are written")
     log_format: LogFormat = Field(LogFormat.TEXT, description="how they are written: one line of text, or of JSON, each")
 
-    @field_validator("policies", mode="before")
+    @field_validator("policies", "adapter_policies", mode="before")
     @classmethod
     def _policies_from_json(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -154,13 +175,17 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _policies_agree(self) -> "Settings":
-        taken = sorted(set(self.policies) & {*_BUILT_IN, "latency"})
+        taken = sorted(set(self.policies) & {*_BUILT_IN})
         if taken:
             raise ValueError(f"policies: the name {taken[0]!r} is built in; choose another")
         try:
-            self.policy_book()
+            book = self.policy_book()
         except ValueError as error:
             raise ValueError(f"default_policy: {error}") from None
+        for adapter, name in self.adapter_policies.items():
+            if name not in book.policies:
+                legal = ", ".join(sorted(book.policies))
+                raise ValueError(f"adapter_policies: {adapter}: {name!r} is no policy; legal: {legal}")
         return self
 
     @model_validator(mode="after")
@@ -191,6 +216,13 @@ class Settings(BaseSettings):
             "max": Policy(PolicyKind.MAX),
             "quality": Policy(PolicyKind.QUALITY, tolerance=self.quality_tolerance),
             "budget": Policy(PolicyKind.BUDGET, share=self.budget_share),
+            "latency": Policy(
+                PolicyKind.LATENCY,
+                latency_slo_ms=self.latency_slo_ms,
+                ttft_slo_ms=self.ttft_slo_ms,
+                itl_slo_ms=self.itl_slo_ms,
+                when_unattainable=self.slo_unattainable,
+            ),
         }
         return PolicyBook({**built_in, **self.policies}, self.default_policy)
 
@@ -218,7 +250,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-_BUILT_IN = ("max", "quality", "budget")
+_BUILT_IN = ("max", "quality", "budget", "latency")
 
 
 def _default_store(model: str) -> Path:

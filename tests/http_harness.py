@@ -87,7 +87,7 @@ def parts(
     **settings: Any,
 ) -> Iterator[tuple[FastAPI, FakeEngine, AdapterStore]]:
     """An application with some adapters in its store."""
-    configured = Settings.load({"adapters_dir": root / "store", **settings})
+    configured = Settings.load({"adapters_dir": root / "store", "latency_sweep_s": 0, **settings})
     metrics = Metrics(configured.metrics_max_adapters)
     engine = engine or FakeEngine(metrics)
     limits = CheckpointLimits(max_rank=configured.max_rank, max_bytes=configured.max_adapter_bytes)

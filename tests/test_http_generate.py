@@ -294,9 +294,14 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "parameters": {"adapter_id": "demo@2", "rank": 3}}, 422, "rank: 3 contradicts adapter_id"),
     ({"inputs": "x", "parameters": {"adapter_id": "demo@2", "rank_policy": "max"}}, 422, "rank_policy: 'max' contradicts"),
     ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank": 2, "rank_policy": "max"}}, 422, "contradicts rank 2"),
-    ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank_policy": "best"}}, 422, "legal: budget, max, quality"),
-    ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank_policy": "latency"}}, 422, "legal: budget, max, quality"),
-    ({"inputs": "x", "parameters": {"latency_slo_ms": 50}}, 422, "latency_slo_ms: 50 is not legal: not available"),
+    ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank_policy": "best"}}, 422, "legal: budget, latency, max, quality"),
+    ({"inputs": "x", "parameters": {"latency_slo_ms": 0}}, 422, "latency_slo_ms: 0 is not legal"),
+    ({"inputs": "x", "parameters": {"ttft_slo_ms": "50"}}, 422, "ttft_slo_ms: '50' is not legal"),
+    (
+        {"inputs": "x", "parameters": {"adapter_id": "demo", "rank_policy": "max", "itl_slo_ms": 5}},
+        422,
+        "rank_policy: 'max' does not choose by latency and contradicts itl_slo_ms 5",
+    ),
     ({"inputs": "x", "parameters": {"adapter_id": "nobody"}}, 404, "no adapter named 'nobody'"),
     ({"inputs": "x", "parameters": {"adapter_id": "../etc"}}, 404, "no adapter named '../etc'"),
     ({"inputs": "x", "parameters": {"adapter_source": "hub"}}, 422, "adapter_source: 'hub'"),
@@ -365,7 +370,8 @@ def test_all_offenders_are_listed(server: Server) -> None:
         ({"X-LoRA-Adapter": "demo", "X-LoRA-Rank": "two"}, "x-lora-rank: 'two' is no rank"),
         ({"X-LoRA-Adapter": "demo", "X-LoRA-Rank": "9"}, LEGAL_RANKS),
         ({"X-LoRA-Adapter": "demo@1", "X-LoRA-Rank": "2"}, "contradicts x-lora-adapter"),
-        ({"X-Latency-SLO-Ms": "50"}, "x-latency-slo-ms: not available in this version"),
+        ({"X-Latency-SLO-Ms": "fast"}, "x-latency-slo-ms: 'fast' is not legal: milliseconds"),
+        ({"X-ITL-SLO-Ms": "0"}, "x-itl-slo-ms: '0' is not legal"),
     ],
 )
 def test_a_bad_header_is_told_what_is_wrong(server: Server, headers: dict[str, str], said: str) -> None:

@@ -19,6 +19,8 @@ NAMES = {
     "dylora_queue_seconds",
     "dylora_tokens",
     "dylora_rank_decisions",
+    "dylora_slo",
+    "dylora_shadow_divergence",
     "dylora_refused",
     "dylora_adapter_quality",
     "dylora_merged_cache_hits",

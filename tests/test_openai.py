@@ -325,12 +325,12 @@ def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
         ({"max_token": 3}, "max_token", "did you mean max_tokens?"),
         ({"suffix": "x"}, "suffix", "not available"),
         ({"store": True}, "store", "nothing is kept"),
-        ({"latency_slo_ms": 5}, "latency_slo_ms", "not available"),
+        ({"latency_slo_ms": 0}, "latency_slo_ms", "greater than 0"),
         ({"use_beam_search": True}, "use_beam_search", "not available"),
         ({"rank": 9, "model": "demo"}, "rank", "legal ranks: 1, 2, 3, 4"),
         ({"rank": 3}, "rank", "name an adapter in model"),
         ({"model": "demo@2", "rank": 3}, "rank", "contradicts model"),
-        ({"rank_policy": "nix", "model": "demo"}, "rank_policy", "legal: budget, max, quality"),
+        ({"rank_policy": "nix", "model": "demo"}, "rank_policy", "legal: budget, latency, max, quality"),
     ],
 )
 def test_what_is_not_legal_is_refused_by_its_name(server: Server, fields: dict[str, Any], param: str, said: str) -> None:

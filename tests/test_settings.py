@@ -59,7 +59,12 @@ def test_each_base_model_has_an_adapters_folder_of_its_own(monkeypatch: pytest.M
         ({"max_rank": "0"}, "max_rank"),
         ({"quality_tolerance": "1"}, "quality_tolerance"),
         ({"drain_timeout_s": "inf"}, "drain_timeout_s"),
-        ({"default_policy": "latency"}, "default_policy: 'latency' is no policy; legal: budget, max, quality"),
+        ({"default_policy": "best"}, "default_policy: 'best' is no policy; legal: budget, latency, max, quality"),
+        ({"adapter_policies": '{"a": "best"}'}, "adapter_policies: a: 'best' is no policy; legal: budget, latency"),
+        ({"latency_slo_ms": "0"}, "latency_slo_ms"),
+        ({"slo_unattainable": "wait"}, "'serve' or 'refuse'"),
+        ({"policies": '{"a": {"kind": "max", "ttft_slo_ms": 5}}'}, "ttft_slo_ms 5 is for kind 'latency' only"),
+        ({"policies": '{"a": {"kind": "latency", "ttft_slo_ms": -5}}'}, "ttft_ms must be above 0"),
         ({"policies": "{"}, "policies (DYLORA_POLICIES): '{' is not legal: not JSON"),
         ({"policies": '{"a": {"kind": "fixed"}}'}, "rank must be given for kind 'fixed'"),
         ({"policies": '{"a": {"kind": "max", "rank": 3}}'}, "rank must be given for kind 'fixed', and only there"),
@@ -115,7 +120,7 @@ def test_an_unknown_variable_is_refused_with_the_nearest_legal_one(monkeypatch: 
 def test_policies_are_configured_by_name() -> None:
     policies = '{"fast": {"kind": "budget", "share": 0.01}, "four": {"kind": "fixed", "rank": 4}}'
     book = Settings.load({"policies": policies, "default_policy": "fast"}).policy_book()
-    assert set(book.policies) == {"max", "quality", "budget", "fast", "four"}
+    assert set(book.policies) == {"max", "quality", "budget", "latency", "fast", "four"}
     assert (book.get("fast").share, book.get("four").rank, book.default) == (0.01, 4, "fast")
     assert book.get("quality").kind is PolicyKind.QUALITY
 

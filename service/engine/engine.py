@@ -20,7 +20,6 @@ from service.core import (
     Finished,
     GenerationRequest,
     ModelFacts,
-    StepReport,
 )
 from service.engine.blocks import BlockPool
 from service.engine.kv_cache import KVCache
@@ -177,6 +176,10 @@ class Engine:
         """The text of some tokens, without the special ones."""
         return self._prompts.decode(ids)
 
+    def adaptable_modules(self) -> Mapping[str, tuple[int, int]]:
+        """Paths of the linear modules inside the model's blocks, which adapters usually adapt, with their (in, out)."""
+        return self._bank.linear_modules()
+
     def load(self, version: str, adapter: Adapter) -> None:
         """Make an adapter servable. Idempotent per version.
 
@@ -329,9 +332,7 @@ class Engine:
                 else:
                     self._tell(ticket, event)
         if self._observer is not None:
-            decodes = sum(chunk.is_decode for chunk in batch.chunks)
-            prefill_tokens = sum(chunk.length for chunk in batch.chunks) - decodes
-            self._observer.on_step(StepReport(mode, prefill_tokens, decodes, now - started))
+            self._observer.on_step(batch.report(mode, now - started))
 
     def _admit(self, tickets: list[Ticket], now: float) -> None:
         for ticket in tickets:
@@ -384,6 +385,7 @@ class Engine:
             resident_adapters=self._bank.resident,
             adapter_bytes=self._bank.nbytes,
             merged=self._planner.stats,
+            merged_choices=self._planner.merged_choices,
             prefix=self._scheduler.prefix_stats,
         )
 

@@ -130,6 +130,10 @@ class FakeEngine:
         """One token per byte."""
         return tuple(text.encode())
 
+    def adaptable_modules(self) -> Mapping[str, tuple[int, int]]:
+        """None: there is no model."""
+        return {}
+
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
     ) -> tuple[int, ...]:

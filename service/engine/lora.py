@@ -70,6 +70,11 @@ class LoraBank:
         """The base model's own module at `path`, whether adapted by now or not. Raises KeyError if there is none."""
         return Site(path, self._originals[path], site_kind(self._originals[path]))
 
+    def linear_modules(self) -> dict[str, tuple[int, int]]:
+        """Paths of the linear modules inside the blocks, those in a numbered list of modules, with their (in, out)."""
+        sites = (self.site(path) for path in self._originals if any(part.isdigit() for part in path.split(".")))
+        return {site.path: (site.in_features, site.out_features) for site in sites if site.kind is SiteKind.LINEAR}
+
     def acquire(self, version: str, adapter: Adapter) -> None:
         """Count one more user of an adapter, and give it columns if it has none."""
         resident = self._residents.pop(version, None) or self._place(version, adapter)

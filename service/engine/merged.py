@@ -145,6 +145,8 @@ class MergedCache:
         self._capacity_bytes = capacity_bytes
         self._entries: OrderedDict[AdapterChoice, MergedWeights] = OrderedDict()
         self._hits = self._misses = self._evictions = self._nbytes = 0
+        self.choices: frozenset[AdapterChoice] = frozenset()
+        """The pairs that are held."""
 
     @property
     def stats(self) -> CacheStats:
@@ -176,6 +178,7 @@ class MergedCache:
         """Keep merged weights for which room was made."""
         self._entries[choice] = weights
         self._nbytes += weights.nbytes
+        self.choices = frozenset(self._entries)
 
     def forget(self, version: str) -> None:
         """Drop every rank of an adapter that was unloaded."""
@@ -185,4 +188,5 @@ class MergedCache:
     def _drop(self, choice: AdapterChoice) -> MergedWeights:
         dropped = self._entries.pop(choice)
         self._nbytes -= dropped.nbytes
+        self.choices = frozenset(self._entries)
         return dropped

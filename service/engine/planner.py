@@ -48,6 +48,11 @@ class Planner:
         """The merged cache's counters."""
         return self._merged.stats
 
+    @property
+    def merged_choices(self) -> frozenset[AdapterChoice]:
+        """The pairs whose merged weights are held."""
+        return self._merged.choices
+
     def stop(self) -> None:
         """End the merge that runs, if any."""
         self._worker.stop()

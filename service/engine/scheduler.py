@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass, field
 
-from service.core import AdapterChoice, GenerationRequest, PrefixStats
+from service.core import AdapterChoice, GenerationRequest, Mode, PrefixStats, StepReport
 from service.engine.blocks import BlockPool, OutOfBlocks
 from service.engine.fair_queue import FairQueue
 from service.engine.prefix_hash import PrefixHash
@@ -98,6 +98,27 @@ class Batch:
     def pairs(self) -> frozenset[AdapterChoice | None]:
         """The distinct (adapter, rank) of its rows; None stands for the base alone."""
         return frozenset(chunk.sequence.adapter for chunk in self.chunks)
+
+    def report(self, mode: Mode, seconds: float) -> StepReport:
+        """The step that it was."""
+        decodes = sum(chunk.is_decode for chunk in self.chunks)
+        ranks: dict[str, int] = {}
+        row_ranks = 0
+        for chunk in self.chunks:
+            choice = chunk.sequence.adapter
+            if choice is not None:
+                ranks[choice.version] = max(choice.rank, ranks.get(choice.version, 0))
+                row_ranks += chunk.length * choice.rank
+        return StepReport(
+            mode,
+            prefill_tokens=sum(chunk.length for chunk in self.chunks) - decodes,
+            decode_rows=decodes,
+            seconds=seconds,
+            columns=sum(ranks.values()),
+            row_ranks=row_ranks,
+            adapters=len(ranks),
+            context_tokens=sum(chunk.end for chunk in self.chunks),
+        )
 
 
 class Scheduler:

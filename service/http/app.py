@@ -13,10 +13,13 @@ from starlette.requests import ClientDisconnect
 
 from adapters.errors import AdapterError
 from adapters.store.store import AdapterStore
+from service import latency_start
 from service.core import EngineProtocol
 from service.errors import ServiceError
+from service.forecast import EngineSizes
 from service.http import routes_adapters, routes_generate, routes_openai, routes_ops, routes_quality, routes_vllm
 from service.http.auth import Authentication
+from service.http.auto_rank import AutoRank
 from service.http.calibration import Calibrations
 from service.http.error_table import ErrorKind
 from service.http.metrics import Metrics
@@ -26,10 +29,13 @@ from service.http.registry import AdapterRegistry, ServedAdapter
 from service.http.request_log import RequestLog
 from service.http.request_spans import RequestSpans
 from service.http.services import Services
+from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
 from service.http.tracing import Tracing
 from service.http.validation_text import describe, first_field, known_fields
+from service.latency_model import LatencyModel
 from service.log import entry, logger
+from service.margins import Margins
 from service.settings import Settings
 from service.version import VERSION
 
@@ -41,21 +47,27 @@ def create_app(
     metrics: Metrics,
     tenants: Tenants | None = None,
     tracing: Tracing | None = None,
+    latency: LatencyModel | None = None,
 ) -> FastAPI:
     """Make the application. Its lifespan starts and stops the engine; who opened the store closes it.
 
     Args:
-        engine: made, not started, with `metrics` as its observer.
+        engine: made, not started, with `metrics` and `latency` as its observers.
         store: open, of this process alone.
         tenants: those of the settings, unless given.
         tracing: makes a trace of each request; who made it closes it.
+        latency: predicts the engine's steps; a new one, which predicts nothing unless the engine tells it, if not given.
 
     Raises:
         SettingsError: the API keys can't be read.
     """
     tenants = tenants or Tenants.of(settings)
     registry = AdapterRegistry(store, engine, metrics)
-    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, Calibrations(engine, registry))
+    sizes = EngineSizes(settings.max_running_requests, settings.max_batch_tokens, settings.prefill_chunk_tokens)
+    auto_rank = AutoRank(latency or LatencyModel(), engine, sizes, Margins(settings.slo_target))
+    shadow = ShadowScorer(engine, metrics, settings.shadow_share)
+    calibrations = Calibrations(engine, registry)
+    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, auto_rank, shadow, calibrations)
     metrics.watch(engine.stats, registry.counts)
     app = FastAPI(
         title="dylora-serve",
@@ -99,6 +111,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _load(services: Services) -> None:
+    try:
+        latency_start.prepare(services.auto_rank.model, services.engine, services.settings, services.draining.is_set)
+    except Exception as error:
+        logger.exception(entry("measuring latencies failed; they are learned from requests", error=error))
     try:
         services.registry.load_all(_log_loaded, services.draining.is_set)
     except Exception as error:

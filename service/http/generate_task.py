@@ -32,6 +32,7 @@ def generate_task(body: GenerateRequest) -> Task:
         encode=encode,
         sampling=sampling,
         copies=parameters.best_of or 1,
+        slo=parameters.slo,
     )
 
 

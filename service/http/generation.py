@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -11,16 +12,19 @@ from anyio import CapacityLimiter, to_thread
 from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.arrival import Arrival
+from service.http.choice import Choice, ask_of, choose, largest, monotonic_of
 from service.http.fan_out import FanOut, sequence_seed
 from service.http.latencies import Latencies
+from service.http.measurement import Measurement, SequenceMeasurement
 from service.http.registry import ServedAdapter
-from service.http.selection import Selection, select
+from service.http.selection import select
 from service.http.services import Services
+from service.http.shadow import Followed
 from service.http.stream import EventStream
 from service.http.token_limits import TokenLimits
 from service.http.tracking import RequestTracker, TrackedRequest
-from service.keys import ApiKey
-from service.rank_policy import RankDecision, RankWish, decide
+from service.rank_policy import RankDecision, RankWish
+from service.slo import NO_SLO, Slo
 
 _SUBMIT_TRIES = 3
 """How often a name is looked up again when its version was unloaded between look-up and submit."""
@@ -39,6 +43,7 @@ class Task:
         encode: token ids of each prompt. Called in a thread.
         sampling: what the engine is to be told of a prompt of so many tokens. Raises InvalidRequest.
         copies: how many sequences to make of each prompt.
+        slo: its latency objectives, perhaps none.
         adapter_field, copies_field: what the schema calls them, for errors; how_to_sample: what it takes to draw tokens.
     """
 
@@ -48,6 +53,7 @@ class Task:
     encode: Callable[[EngineProtocol], tuple[tuple[int, ...], ...]]
     sampling: Callable[[int, TokenLimits], SamplingParams]
     copies: int = 1
+    slo: Slo = NO_SLO
     adapter_field: str = "adapter_id"
     copies_field: str = "best_of"
     how_to_sample: str = "do_sample"
@@ -63,6 +69,7 @@ class Submitted:
         samplings: what the engine was told of each sequence; the first one's seed is drawn here unless given.
         adapter: what serves it, None for the base model.
         decision: its rank, None for the base model.
+        measurement: of its latency, against what was predicted and demanded.
     """
 
     sequences: FanOut
@@ -70,6 +77,7 @@ class Submitted:
     samplings: tuple[SamplingParams, ...]
     adapter: ServedAdapter | None
     decision: RankDecision | None
+    measurement: Measurement
 
 
 async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
@@ -81,30 +89,35 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
         InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
         NotReady, QueueFull, Draining: not now.
         DeadlinePassed: too late already.
+        SloUnattainable: its latency objectives can't be met.
     """
     services.check_accepting()
     caller, settings = arrival.caller, services.settings
     deadline = arrival.deadline(settings.request_timeout_s)
-    selection = select(task.adapter, task.rank, task.policy, arrival.headers, caller.default_adapter, field=task.adapter_field)
-    _choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
+    headers, default = arrival.headers, caller.default_adapter
+    selection = select(task.adapter, task.rank, task.policy, headers, default, field=task.adapter_field, slo=task.slo)
+    choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
     prompts = await tokenizing(task.encode, services.engine)
     limits = TokenLimits.of(settings, services.engine.model)
     asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
+    arrived_at = monotonic_of(arrival.arrived_at, asyncio.get_running_loop().time())
     deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):
-        adapter, decision = _choose(services, selection, caller)
-        sequences = _fan_out(services, asked, arrival, adapter, decision)
+        choice = choose(services, selection, caller, largest([ask_of(len(prompt), each) for prompt, each in asked]), arrived_at)
+        measurement = choice.measurement(services, arrived_at)
+        sequences = _fan_out(services, asked, arrival, choice, measurement)
         try:
             sequences.submit()
         except UnknownAdapter:
-            if attempt == _SUBMIT_TRIES or adapter is None:
+            if attempt == _SUBMIT_TRIES or choice.adapter is None:
                 raise UnknownAdapter(selection.adapter or "") from None
             continue
         break
     sequences.cut_at(deadline.at, deadline.error())
-    if decision is not None:
-        services.metrics.decided(decision)
-    return Submitted(sequences, prompts, tuple(sampling for _, sampling in asked), adapter, decision)
+    if choice.decision is not None:
+        services.metrics.decided(choice.decision)
+    samplings = tuple(sampling for _, sampling in asked)
+    return Submitted(sequences, prompts, samplings, choice.adapter, choice.decision, measurement)
 
 
 async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol) -> Made:
@@ -128,14 +141,6 @@ def _remembering(on_event: EventSink, latencies: Latencies, request: TrackedRequ
     return hear
 
 
-def _choose(services: Services, selection: Selection, caller: ApiKey) -> tuple[ServedAdapter | None, RankDecision | None]:
-    if selection.adapter is None:
-        return None, None
-    adapter = services.registry.resolve(selection.adapter, caller.name)
-    policies = services.policies.with_default(caller.rank_policy)
-    return adapter, decide(selection.rank, selection.policy, adapter.facts, policies, caller.bounds)
-
-
 def _copies(sampling: SamplingParams, task: Task) -> tuple[SamplingParams, ...]:
     """What each sequence of a prompt is told. The prompt's log-probabilities are the same in all: one computes them."""
     if task.copies > 1 and not sampling.do_sample:
@@ -149,24 +154,41 @@ def _fan_out(
     services: Services,
     asked: Sequence[tuple[tuple[int, ...], SamplingParams]],
     arrival: Arrival,
-    adapter: ServedAdapter | None,
-    decision: RankDecision | None,
+    chosen: Choice,
+    measurement: Measurement,
 ) -> FanOut:
-    choice = adapter.choice(decision.rank) if adapter and decision else None
+    adapter = chosen.adapter.name if chosen.adapter else None
+    choice = chosen.adapter.choice(chosen.rank) if chosen.adapter else None
+    full = chosen.adapter.choice(chosen.adapter.facts.ranks[-1]) if chosen.adapter else None
+    reason = chosen.decision.reason if chosen.decision else None
     max_unread = services.settings.max_unread_tokens if arrival.is_streamed else None
     arrived = asyncio.Event()
     streams = []
     for prompt_ids, sampling in asked:
-        tracked = TrackedRequest(
-            arrival.request_id,
-            adapter.name if adapter else None,
-            decision.rank if decision else 0,
-            len(prompt_ids),
-            arrival.caller.name,
-            decision.reason if decision else None,
-        )
+        tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
         tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
+        measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling))
+        followed = services.shadow.follow(adapter, prompt_ids, choice, full)
         request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice)
-        on_event = _remembering(tracker.on_event, services.latencies, tracked)
-        streams.append(EventStream(services.engine, request, on_event, max_unread, arrived))
+        # Measured first: whoever hears of the end may ask for the verdict at once.
+        on_event = _all(measured.on_event, _remembering(tracker.on_event, services.latencies, tracked), followed.on_event)
+        submitting = _submitting(measured, followed)
+        streams.append(EventStream(services.engine, request, on_event, max_unread, arrived, submitting))
     return FanOut(streams, arrived)
+
+
+def _all(*sinks: EventSink) -> EventSink:
+    def hear(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return hear
+
+
+def _submitting(measured: SequenceMeasurement, followed: Followed) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def submitting() -> Iterator[None]:
+        with measured.in_flight(), followed.in_flight():
+            yield
+
+    return submitting

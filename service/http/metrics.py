@@ -21,6 +21,7 @@ NO_MODE = "none"
 RANKS_PER_ADAPTER = 16
 """Pairs of adapter and rank with labels of their own, per adapter allowed."""
 
+_SHADOW_MEMORY = 100
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _FAST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -46,12 +47,15 @@ class Metrics:
         self._tokens = self._counter("tokens", "Tokens read (prompt) and made (generated).", ("kind",))
         self._errors = self._counter("refused", "Requests answered with an error, by its type.", ("reason",))
         self._decisions = self._counter("rank_decisions", "Ranks chosen.", ("policy", "reason", "rank"))
+        self._slo = self._counter("slo", "Requests with latency objectives, by whether these were met.", ("policy", "met"))
         self._quality = Gauge("dylora_adapter_quality", "Measured quality.", (*by_rank, "metric"), registry=self.registry)
+        self._shadow = Gauge("dylora_shadow_divergence", "Nats per token from the full rank.", by_rank, registry=self.registry)
+        self._shadow_means: dict[tuple[str, str], tuple[int, float]] = {}
         self._merge_s = self._histogram("merge_seconds", "Computing merged weights.", (), _FAST_SECONDS)
         self._step_s = self._histogram("step_seconds", "One step of the engine.", ("phase",), _FAST_SECONDS)
         self._rows = self._histogram("batch_rows", "Decode rows in a step.", (), _ROWS)
         self._load_s = self._histogram("adapter_load_seconds", "Loading an adapter.", (), _SECONDS)
-        self._by_adapter = (self._requests, self._request_s, self._first_s, self._gap_s, self._quality)
+        self._by_adapter = (self._requests, self._request_s, self._first_s, self._gap_s, self._quality, self._shadow)
 
     def watch(self, stats: Callable[[], EngineStats], adapters: Callable[[], Mapping[str, int]]) -> None:
         """Read the engine's counts, and the number of adapters by state, at every scrape. Call once."""
@@ -77,6 +81,10 @@ class Metrics:
     def decided(self, decision: RankDecision) -> None:
         """A rank was chosen."""
         self._decisions.labels(decision.policy, decision.reason.value, str(decision.rank)).inc()
+
+    def slo(self, policy: str, met: str) -> None:
+        """A request with objectives ended; `met` is true, false, or refused where they could not be met."""
+        self._slo.labels(policy, met).inc()
 
     def refused(self) -> None:
         """A request was answered with an error before the engine took it. Its names may be made up: no label."""
@@ -108,6 +116,14 @@ class Metrics:
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("generated").inc(generated)
 
+    def shadow_scored(self, adapter: str, rank: int, divergence: float) -> None:
+        """An answer was scored again at the full rank; the series is the mean, over the last hundred or so."""
+        labels = self._labels.pair(adapter, rank)
+        count, mean = self._shadow_means.get(labels, (0, 0.0))
+        count = min(count + 1, _SHADOW_MEMORY)
+        self._shadow_means[labels] = count, mean + (divergence - mean) / count
+        self._shadow.labels(*labels).set(self._shadow_means[labels][1])
+
     # Adapters
 
     def adapter_loaded(self, name: str, quality: QualityProfile | None, seconds: float) -> None:
@@ -129,6 +145,7 @@ class Metrics:
     def _drop_series(self, adapter: str) -> None:
         for metric in self._by_adapter:
             metric.remove_by_labels({"adapter": adapter})
+        self._shadow_means = {labels: mean for labels, mean in self._shadow_means.items() if labels[0] != adapter}
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         return Counter(f"dylora_{name}", text, labels, registry=self.registry)

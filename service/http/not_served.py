@@ -10,9 +10,6 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-LATENCY_INSTEAD = "choose a rank by 'rank' (an integer, \"max\", \"auto\") or by 'rank_policy'"
-"""What to use while there is no latency policy."""
-
 
 class NotServed:
     """Metadata of a field (`Annotated[Any, NotServed(False)]`): null and the neutral values become None, others errors.

@@ -6,7 +6,16 @@ from starlette.responses import JSONResponse
 from starlette.types import Scope
 
 from adapters.errors import IllegalRank
-from service.errors import AdapterUnfit, InvalidRequest, KeyOverLimit, NoKey, QueueFull, UnknownAdapter, WrongScope
+from service.errors import (
+    AdapterUnfit,
+    InvalidRequest,
+    KeyOverLimit,
+    NoKey,
+    QueueFull,
+    SloUnattainable,
+    UnknownAdapter,
+    WrongScope,
+)
 from service.http.error_table import ErrorKind, kind_of, openai_body
 from service.http.services import Services
 
@@ -16,12 +25,18 @@ NOBODY_TO_ANSWER = 499
 
 
 def refuse(
-    scope: Scope, kind: ErrorKind, message: str, headers: Mapping[str, str] | None = None, param: str | None = None
+    scope: Scope,
+    kind: ErrorKind,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    param: str | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> JSONResponse:
     """The answer to a request that is not served as it stands, counted by its kind.
 
     Args:
         param: the field that is to blame, where there is one.
+        facts: more fields of the body, for programs to read.
     """
     services: Services = scope["app"].state.services
     scope.setdefault("state", {})["error_type"] = kind.type  # for the log
@@ -33,12 +48,12 @@ def refuse(
     body = (
         openai_body(message, kind, param) if scope["path"].startswith("/v1/") else {"error": message, "error_type": kind.type}
     )
-    return JSONResponse(body, kind.status, dict(headers or {}))
+    return JSONResponse({**body, **(facts or {})}, kind.status, dict(headers or {}))
 
 
 def refuse_error(scope: Scope, error: Exception) -> JSONResponse:
     """The answer to an error of either tree."""
-    return refuse(scope, kind_of(error), str(error), _headers(scope, error), _param(error))
+    return refuse(scope, kind_of(error), str(error), _headers(scope, error), _param(error), _facts(error))
 
 
 def _param(error: Exception) -> str | None:
@@ -53,6 +68,14 @@ def _param(error: Exception) -> str | None:
     return None
 
 
+def _facts(error: Exception) -> dict[str, object]:
+    """More fields of the body."""
+    if not isinstance(error, SloUnattainable):
+        return {}
+    times = {name: round(ms, 2) for name, ms in error.attainable._asdict().items()}
+    return {"attainable": {"rank": error.rank, **times}}
+
+
 def _headers(scope: Scope, error: Exception) -> dict[str, str]:
     """RFC 6750 says what a bearer challenge holds."""
     match error:
@@ -62,7 +85,9 @@ def _headers(scope: Scope, error: Exception) -> dict[str, str]:
             return {"WWW-Authenticate": f'Bearer realm="dylora", error="insufficient_scope", scope="{error.needed}"'}
         case KeyOverLimit():
             return {"Retry-After": str(error.retry_after_s)}
-        case QueueFull():
+        case SloUnattainable(is_for_good=True):
+            return {}
+        case QueueFull() | SloUnattainable():
             services: Services = scope["app"].state.services
             stats = services.engine.stats()
             return {"Retry-After": str(services.drain_rate.retry_after_s(stats.running, stats.waiting))}

@@ -14,13 +14,14 @@ from typing import Protocol
 from adapters.adapter import Adapter
 from adapters.checkpoint import write_peft
 from adapters.errors import AdapterBusy, AdapterError, InvalidName
-from adapters.nesting import export_rank
+from adapters.nesting import energy_per_rank, export_rank
 from adapters.quality import QualityProfile
 from adapters.store.archive import pack_zip
 from adapters.store.store import AdapterStore
 from adapters.store.stored import StoredAdapter, check_name
 from service.core import AdapterChoice, EngineProtocol
 from service.errors import AdapterUnfit, NameTaken, NotReady, UnknownAdapter
+from service.quality_curve import energy_prior
 from service.rank_policy import RankFacts
 
 RESERVED_NAMES = ("other",)
@@ -329,7 +330,10 @@ class AdapterRegistry:
     def _ready(self, stored: StoredAdapter, adapter: Adapter) -> ServedAdapter:
         ranks = stored.config.ranks
         parameters = {rank: parameters_at(adapter, rank) for rank in ranks}
-        facts = RankFacts(ranks, stored.quality, parameters, self._engine.model.parameters)
+        prior = None
+        if stored.quality is None and adapter.modules:
+            prior = energy_prior(energy_per_rank(adapter).mean, ranks)
+        facts = RankFacts(ranks, stored.quality, parameters, self._engine.model.parameters, prior)
         bytes_at = {rank: bytes_at_rank(adapter, rank) for rank in ranks}
         return ServedAdapter(stored.name, stored, AdapterState.READY, facts, owner=stored.owner, bytes_at=bytes_at)
 

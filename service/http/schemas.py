@@ -16,8 +16,9 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from service.core import FinishReason, Mode
-from service.http.not_served import LATENCY_INSTEAD, NotServed
+from service.http.not_served import NotServed
 from service.rank_policy import RankReason, RankWish
+from service.slo import Slo
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
@@ -81,6 +82,7 @@ Rank = Annotated[
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["max", "auto"]}, {"type": "null"}]}),
 ]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Milliseconds = Annotated[Finite, Field(gt=0, le=1e9)]
 Stops = Annotated[
     list[Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]],
     Field(max_length=MAX_STOPS),
@@ -126,6 +128,9 @@ class GenerateParameters(BaseModel):
     adapter_source: Annotated[Any, NotServed("local", instead="adapters are uploaded with PUT /adapters/{id}")] = None
     rank: Rank = Field(None, description="Rank to serve at: an integer, 'max' or 'auto' (the server's policy).")
     rank_policy: Name | None = Field(None, description="Policy that chooses the rank, by its name in the server.")
+    latency_slo_ms: Milliseconds | None = Field(None, description="Objective: from arrival to the last token.")
+    ttft_slo_ms: Milliseconds | None = Field(None, description="Objective: from arrival to the first token.")
+    itl_slo_ms: Milliseconds | None = Field(None, description="Objective: between two tokens, in the mean over the answer.")
     max_new_tokens: PositiveInt | None = Field(None, description="Most new tokens; 20 unless given.")
     do_sample: Switch = Field(False, description="Draw tokens instead of taking the most probable one.")
     temperature: Temperature | None = Field(None, description="Divides the logits; 0 is greedy.")
@@ -173,9 +178,6 @@ class GenerateParameters(BaseModel):
     return_k_alternatives: Alternatives | None = Field(None, description="The same by LoRAX's name: told in each token.")
     truncate: PositiveInt | None = Field(None, description="Keep only this many last tokens of the prompt.")
 
-    latency_slo_ms: Annotated[Any, NotServed(instead=LATENCY_INSTEAD)] = None
-    ttft_slo_ms: Annotated[Any, NotServed(instead=LATENCY_INSTEAD)] = None
-    itl_slo_ms: Annotated[Any, NotServed(instead=LATENCY_INSTEAD)] = None
     adapter_parameters: Annotated[Any, NotServed()] = None
     merged_adapters: Annotated[Any, NotServed()] = None
     api_token: Annotated[Any, NotServed()] = None
@@ -183,6 +185,11 @@ class GenerateParameters(BaseModel):
     grammar: Annotated[Any, NotServed()] = None
     response_format: Annotated[Any, NotServed()] = None
     watermark: Annotated[Any, NotServed(False)] = None
+
+    @property
+    def slo(self) -> Slo:
+        """The objectives that the body names."""
+        return Slo(self.latency_slo_ms, self.ttft_slo_ms, self.itl_slo_ms)
 
     @property
     def is_sampling(self) -> bool:
@@ -261,6 +268,23 @@ class TokenOut(BaseModel):
     )
 
 
+class PredictedTimes(BaseModel):
+    """Milliseconds that were predicted at the rank that serves, from arrival, without the safety margin."""
+
+    ttft_ms: float
+    itl_ms: float
+    latency_ms: float
+
+
+class SloOut(BaseModel):
+    """The latency objectives that the request is measured by."""
+
+    latency_slo_ms: float | None
+    ttft_slo_ms: float | None
+    itl_slo_ms: float | None
+    met: bool | None = Field(description="Measured in the server, from the arrival of the request's headers.")
+
+
 class ServedBy(BaseModel):
     """What served a request."""
 
@@ -269,6 +293,8 @@ class ServedBy(BaseModel):
     rank: int = Field(description="0 for the base model.")
     rank_reason: RankReason
     rank_policy: str | None
+    predicted: PredictedTimes | None = Field(default=None, exclude_if=is_none, description="Where it could be predicted.")
+    slo: SloOut | None = Field(default=None, exclude_if=is_none, description="Where there are objectives.")
     mode: Mode
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from service.core import Event, Failed, Finished, Mode, SamplingParams, Token, TokenEvent, Usage
 from service.http.generation import Submitted
-from service.http.schemas import ServedBy
+from service.http.measurement import Measurement
+from service.http.schemas import PredictedTimes, ServedBy, SloOut
 from service.http.stream import EventStream
 from service.rank_policy import RankReason
 
@@ -85,8 +86,22 @@ def served_by(submitted: Submitted, mode: Mode) -> ServedBy:
         rank=decision.rank if decision else 0,
         rank_reason=decision.reason if decision else RankReason.DEFAULT,
         rank_policy=decision.policy if decision else None,
+        predicted=_predicted(submitted.measurement),
+        slo=_slo(submitted.measurement),
         mode=mode,
     )
+
+
+def _predicted(measurement: Measurement) -> PredictedTimes | None:
+    times = measurement.predicted
+    return None if times is None else PredictedTimes(**{name: round(ms, 2) for name, ms in times._asdict().items()})
+
+
+def _slo(measurement: Measurement) -> SloOut | None:
+    slo = measurement.slo
+    if slo.is_empty:
+        return None
+    return SloOut(latency_slo_ms=slo.latency_ms, ttft_slo_ms=slo.ttft_ms, itl_slo_ms=slo.itl_ms, met=measurement.is_met)
 
 
 def common_mode(ends: Sequence[Finished]) -> Mode:
@@ -97,13 +112,17 @@ def common_mode(ends: Sequence[Finished]) -> Mode:
 
 def serving_headers(submitted: Submitted, mode: Mode) -> dict[str, str]:
     """What served the request."""
-    served = served_by(submitted, mode)
+    served, measured = served_by(submitted, mode), submitted.measurement
+    predicted = {"X-Predicted-Latency-Ms": f"{measured.predicted.latency_ms:.1f}"} if measured.predicted else {}
+    met = {} if measured.is_met is None else {"X-SLO-Met": str(measured.is_met).lower()}
     return {
         "X-LoRA-Adapter": served.adapter_id or BASE,
         "X-LoRA-Adapter-Version": served.adapter_version or BASE,
         "X-LoRA-Rank": str(served.rank),
         "X-LoRA-Rank-Reason": served.rank_reason,
         "X-LoRA-Mode": mode,
+        **predicted,
+        **met,
     }
 
 

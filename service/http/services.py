@@ -6,11 +6,13 @@ from threading import Event
 
 from service.core import EngineProtocol
 from service.errors import Draining
+from service.http.auto_rank import AutoRank
 from service.http.calibration import Calibrations
 from service.http.latencies import Latencies
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
 from service.http.registry import AdapterRegistry
+from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
 from service.policies import PolicyBook
 from service.settings import Settings
@@ -26,6 +28,8 @@ class Services:
     metrics: Metrics
     policies: PolicyBook
     tenants: Tenants
+    auto_rank: AutoRank
+    shadow: ShadowScorer
     calibrations: Calibrations
     latencies: Latencies = field(default_factory=Latencies)
     drain_rate: DrainRate = field(default_factory=DrainRate)

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 from service.core import Aborted, EngineProtocol, Event, Failed, Finished, GenerationRequest
@@ -24,6 +25,7 @@ class EventStream:
         on_event: told each event first, in the engine's thread, whether or not anyone still reads. It must not raise.
         max_unread: events that may wait for the reader; None where the reader is the server itself.
         arrived: set in the event loop when there is something to read; streams that are read together share one.
+        submitting: entered around the submission; its block raises if the engine does not take the request.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class EventStream:
         on_event: Callable[[Event], None] | None = None,
         max_unread: int | None = None,
         arrived: asyncio.Event | None = None,
+        submitting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._engine = engine
         self._request = request
         self._on_event = on_event
         self._max_unread = max_unread
+        self._submitting = submitting
         self._cut_by: ServiceError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._events: deque[Event] = deque()
@@ -56,7 +60,8 @@ class EventStream:
 
     def submit(self) -> None:
         """Hand the request to the engine. Raises what EngineProtocol.submit raises; then no event will come."""
-        self._engine.submit(self._request, self._sink)
+        with self._submitting():
+            self._engine.submit(self._request, self._sink)
 
     def cut_at(self, moment: float, error: ServiceError) -> None:
         """Cut the request off at a moment of the event loop's clock, unless it has ended by then."""

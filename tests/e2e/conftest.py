@@ -39,7 +39,7 @@ def client(server: ServerProcess) -> Iterator[Client]:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The server as `make serve` starts it, but for its port and its folder. A story leaves it as it found it."""
+    """The server as `make serve` starts it, but for its port, its folder and the sweep. A story leaves it as it found it."""
     root = tmp_path_factory.mktemp("demo")
-    with ServerProcess({"adapters_dir": root / "adapters", "threads": 1}, root / "log") as server:
+    with ServerProcess({"adapters_dir": root / "adapters", "threads": 1, "latency_sweep_s": 0}, root / "log") as server:
         yield server

@@ -23,3 +23,18 @@ def test_throughput_against_a_running_server(server: ServerProcess, client: Clie
     ]
     assert all(point["tokens"] == 5 * 2 * point["concurrency"] for point in points)
     assert all(point["tokens_per_s"] > 0 for point in points)
+
+
+def test_the_slo_experiment_against_a_running_server(
+    server: ServerProcess, adapter_folders: tuple[Path, ...], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "loadtests.slo", "--url", server.url, "--template", str(adapter_folders[0])]
+    sizes = ["--adapters", "3", "--rank", "16", "--ranks", "16,4", "--rates", "10", "--seeds", "1", "--seconds", "2"]
+    more = ["--arrivals", "gamma", "--warm-up-s", "0", "--out", str(tmp_path)]
+    done = subprocess.run([*command, *sizes, *more], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["policy"] for line in lines[1:]] == ["fixed 16", "fixed 4", "auto", "oracle"]
+    assert all(line["counts_agree"] for line in lines[1:4])
+    assert len({line["requests"] for line in lines[1:]}) == 1
+    assert (tmp_path / "slo.svg").stat().st_size > 1000

@@ -63,7 +63,7 @@ def test_every_route_is_documented(demo: ServerProcess) -> None:
 
 
 def test_the_two_answers_are_what_the_demo_says(demo: ServerProcess) -> None:
-    assert len(CURL_BLOCKS) == 2
+    assert len(CURL_BLOCKS) == 3
     assert README.count(PROMPT) == 2
     for rank in (1, 16):
         parameters = {"adapter_id": "mr-to-text", "rank": rank, "max_new_tokens": 60}

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 PROMPT = "name[The Vaults], food[Italian], area[riverside] => "
-SMALL = {"kv_cache_bytes": "16MiB", "merged_cache_bytes": "4MiB", "threads": 1, "log_level": "warning"}
+SMALL = {"kv_cache_bytes": "16MiB", "merged_cache_bytes": "4MiB", "threads": 1, "log_level": "warning", "latency_sweep_s": 0}
 """Settings that keep a test's server small."""
 
 

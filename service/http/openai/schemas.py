@@ -11,12 +11,13 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.http.not_served import LATENCY_INSTEAD, NotServed
+from service.http.not_served import NotServed
 from service.http.schemas import (
     MAX_ALTERNATIVES,
     MAX_STOP_CHARACTERS,
     Biases,
     Finite,
+    Milliseconds,
     Name,
     OnSwitch,
     Penalty,
@@ -29,6 +30,7 @@ from service.http.schemas import (
     Text,
     whole_text,
 )
+from service.slo import Slo
 
 MAX_STOPS = 4
 MAX_CHOICES = 128
@@ -166,9 +168,9 @@ class OpenAIRequest(BaseModel):
     safety_identifier: Label | None = Field(None, description=_LABELS)
     prompt_cache_key: Label | None = Field(None, description=_LABELS)
 
-    latency_slo_ms: Annotated[Any, NotServed(instead=LATENCY_INSTEAD)] = None
-    ttft_slo_ms: Annotated[Any, NotServed(instead=LATENCY_INSTEAD)] = None
-    itl_slo_ms: Annotated[Any, NotServed(instead=LATENCY_INSTEAD)] = None
+    latency_slo_ms: Milliseconds | None = Field(None, description="Objective: from arrival to the last token.")
+    ttft_slo_ms: Milliseconds | None = Field(None, description="Objective: from arrival to the first token.")
+    itl_slo_ms: Milliseconds | None = Field(None, description="Objective: between two tokens, in the mean over the answer.")
     store: Annotated[Any, NotServed(False, instead="nothing is kept here")] = None
     service_tier: Annotated[Any, NotServed("auto", "default")] = None
     response_format: Annotated[Any, NotServed({"type": "text"})] = None
@@ -180,6 +182,11 @@ class OpenAIRequest(BaseModel):
     allowed_token_ids: Annotated[Any, NotServed()] = None
     bad_words: Annotated[Any, NotServed([])] = None
     priority: Annotated[Any, NotServed(0)] = None
+
+    @property
+    def slo(self) -> Slo:
+        """The objectives that the body names."""
+        return Slo(self.latency_slo_ms, self.ttft_slo_ms, self.itl_slo_ms)
 
     @property
     def choices(self) -> int:

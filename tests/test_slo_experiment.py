@@ -1,0 +1,97 @@
+"""The parts of the experiment that are arithmetic."""
+
+import itertools
+import random
+import statistics
+
+import pytest
+
+from loadtests.slo.client import Wish
+from loadtests.slo.results import Outcome, curve, oracle, spread_of, summary
+from loadtests.slo.simulator import Simulation
+from loadtests.slo.trace import Arrivals, arrival_times, lognormal_lengths, trace
+
+
+@pytest.mark.parametrize(("arrivals", "variation"), [(Arrivals.POISSON, 1.0), (Arrivals.GAMMA, 3.0)])
+def test_gaps_have_the_rate_and_the_variation(arrivals: Arrivals, variation: float) -> None:
+    times = list(arrival_times(random.Random(0), arrivals, 5.0, 4000.0))
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert statistics.fmean(gaps) == pytest.approx(0.2, rel=0.1)
+    assert statistics.stdev(gaps) / statistics.fmean(gaps) == pytest.approx(variation, rel=0.1)
+    assert times == sorted(times)
+
+
+def test_a_step_of_load_is_in_the_middle_third() -> None:
+    times = list(arrival_times(random.Random(0), Arrivals.STEP, 10.0, 900.0))
+    thirds = [sum(300 * third <= each < 300 * (third + 1) for each in times) / 300 for third in range(3)]
+    assert thirds == pytest.approx([5, 15, 5], rel=0.1)
+
+
+def test_a_trace_is_the_same_for_the_same_seed_and_follows_zipf() -> None:
+    def made(seed: int) -> list[object]:
+        return list(
+            trace(seed, arrivals=Arrivals.POISSON, rate_per_s=20, seconds=200, adapters=8, lengths=[("a", 3), ("b", 9)])
+        )
+
+    assert made(1) == made(1) != made(2)
+    asked = trace(1, arrivals=Arrivals.POISSON, rate_per_s=20, seconds=200, adapters=8, lengths=[("a", 3), ("b", 9)])
+    first, second = (sum(each.adapter == number for each in asked) for number in (0, 1))
+    assert first / second == pytest.approx(2, rel=0.15)
+    assert {(each.prompt, each.new_tokens) for each in asked} == {("a", 3), ("b", 9)}
+    assert {each.deadline.name for each in asked} == {"interactive", "standard"}
+
+
+def test_lengths_are_lognormal_within_bounds() -> None:
+    lengths = lognormal_lengths(0, 2000)
+    assert statistics.median(lengths) == pytest.approx(28, abs=1)
+    assert min(lengths) >= 2 and max(lengths) <= 96
+
+
+FAST, SLOW = Outcome(64, 1.0, 90, 100), Outcome(64, 1.0, 110, 100)
+LOW, LATE = Outcome(4, 0.8, 50, 100), Outcome(4, 0.8, 120, 100)
+REFUSED = Outcome(None, 0.0, 1, 100)
+
+
+def test_a_summary_counts_quality_only_in_time() -> None:
+    found = summary([FAST, SLOW, LOW, REFUSED], seconds=2.0, full_rank=64)
+    assert (found.requests, found.met, found.goodput_per_s, found.full_rank) == (4, 0.5, 1.0, 0.5)
+    assert found.quality == pytest.approx(0.9)
+    assert found.effective == pytest.approx(0.45)
+    assert summary([SLOW], 1.0, 64).quality == 0.0
+
+
+def test_the_oracle_takes_the_best_that_met_its_deadline() -> None:
+    assert oracle([[FAST, SLOW, SLOW], [LOW, LOW, LATE]]) == [FAST, LOW, SLOW]
+
+
+def test_the_claimed_quality_rises_to_one() -> None:
+    claimed = list(curve(range(1, 65)).values())
+    assert claimed == sorted(claimed)
+    assert claimed[0] == pytest.approx(0.7)
+    assert claimed[-1] == 1.0
+
+
+def test_the_spread_is_mean_and_extremes() -> None:
+    assert spread_of([1.0, 2.0, 6.0]) == (3.0, 1.0, 6.0)
+
+
+@pytest.mark.parametrize(("rate_per_s", "slack"), [(1.5, 1.0), (5.0, 1.5)], ids=["low load", "overload"])
+def test_in_simulation_auto_gives_the_full_rank_where_it_can_and_gives_way_where_it_must(
+    rate_per_s: float, slack: float
+) -> None:
+    ranks = tuple(range(1, 65))
+    lengths = [("p", tokens) for tokens in lognormal_lengths(0, 100)]
+    asked = trace(0, arrivals=Arrivals.POISSON, rate_per_s=rate_per_s, seconds=40, adapters=32, lengths=lengths)
+    wishes: dict[str, Wish] = {"full": {"rank": 64}, "auto": {"rank": "auto"}}
+    found = {}
+    for name, wish in wishes.items():
+        simulation = Simulation(ranks, dict(curve(ranks)))
+        outcomes = simulation.play(asked, wish, slack * simulation.token_ms())
+        assert all(each.server_says_met == each.is_met for each in outcomes), "the server's verdict is the client's"
+        found[name] = summary(outcomes, 40, 64)
+    if rate_per_s == 1.5:
+        assert found["auto"].full_rank >= 0.98
+        assert found["auto"].met == 1.0
+    else:
+        assert found["full"].met < 0.7
+        assert found["auto"].effective > found["full"].effective + 0.1
