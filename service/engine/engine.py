@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
+import torch
+
 from adapters.adapter import Adapter
 from service.core import (
     Aborted,
@@ -26,7 +28,8 @@ from service.engine.blocks import BlockPool
 from service.engine.kv_cache import KVCache
 from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel
-from service.engine.model_check import check_served_alike
+from service.engine.model_check import Reference
+from service.engine.native.kernels import kernels
 from service.engine.planner import Planner
 from service.engine.prompts import Prompts
 from service.engine.runner import Runner, pack
@@ -52,6 +55,7 @@ class EngineOptions:
         prefix_cache: reuse the keys and values of prompts that begin alike, at the same adapter and rank. Who can time
             answers can tell whether a prompt was asked before; tenants who must not know that of each other need it off.
         merge_after_steps: consecutive steps of one (adapter, rank) before its weights are merged.
+        kernels: compute in kernels built for this processor what they can, if there is a compiler.
     """
 
     max_running: int = 64
@@ -63,6 +67,7 @@ class EngineOptions:
     prefix_cache: bool = True
     merged_cache_bytes: int = 512 << 20
     merge_after_steps: int = 8
+    kernels: bool = True
 
 
 class Engine:
@@ -87,6 +92,7 @@ class Engine:
         self._options = options
         self._observer = observer
         dtype, device = loaded.model.dtype, loaded.model.device
+        found = kernels() if options.kernels and device.type == "cpu" and dtype is torch.float32 else None
         block_bytes = KVCache.token_bytes(loaded.layers, dtype) * options.kv_block_tokens
         most = options.max_running * -(-loaded.max_context_tokens // options.kv_block_tokens)
         self._pool = BlockPool(max(4, min(options.kv_cache_bytes // block_bytes, most)), options.kv_block_tokens)
@@ -96,11 +102,15 @@ class Engine:
             block_tokens=options.kv_block_tokens,
             dtype=dtype,
             device=device,
+            kernels=found,
         )
         self._runner = Runner(loaded, cache)
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._prompts = Prompts(loaded.tokenizer)
-        check_served_alike(loaded, self._runner, block_tokens=options.kv_block_tokens)
+        facts = loaded.facts  # like the reference, from the model as it came: packing unties weights
+        reference = Reference(loaded)
+        self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings(), kernels=found)
+        reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._scheduler = Scheduler(
             self._pool,
@@ -109,7 +119,6 @@ class Engine:
             prefill_chunk_tokens=options.prefill_chunk_tokens,
             prefix_cache=options.prefix_cache,
         )
-        self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings())
         self._planner = Planner(
             self._bank,
             cache_bytes=options.merged_cache_bytes,
@@ -121,7 +130,7 @@ class Engine:
 
         # One limit for all who ask: what the model allows, and what the cache can hold of one request.
         context = min(loaded.max_context_tokens, self._pool.capacity_tokens)
-        self._facts = replace(loaded.facts, max_context_tokens=context)
+        self._facts = replace(facts, max_context_tokens=context)
         self._lock = threading.Condition()  # guards the five below
         self._adapters: dict[str, Adapter] = {}
         self._live: dict[str, Sequence] = {}  # request id -> sequence, from submit to its terminal event

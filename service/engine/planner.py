@@ -73,7 +73,7 @@ class Planner:
             if weights is not None:
                 return Mode.MERGED, weights
         choices = [chunk.sequence.adapter for chunk in batch.chunks]
-        return Mode.MIXED, self._bank.step(choices, [chunk.length for chunk in batch.chunks], rows.sampled)
+        return Mode.MIXED, self._bank.step(choices, [chunk.length for chunk in batch.chunks], rows.kept)
 
     def _merged_weights(self, choice: AdapterChoice, adapter: Adapter) -> MergedWeights | None:
         """Those that are held; if they are not and it is worth it, they are begun."""

@@ -22,6 +22,20 @@ class Rows:
     spans: tuple[Span, ...]
     scored: tuple["Scored", ...] = ()
 
+    @property
+    def kept(self) -> Tensor:
+        """Ascending indices of the rows whose logits are computed: those sampled and those scored."""
+        return self.sampled if not self.scored else self._wanted.sort().values
+
+    def wanted(self, logits: Tensor) -> Tensor:
+        """The logits of the sampled rows and then of the scored ones, from those of the rows kept."""
+        return logits if not self.scored else logits[torch.searchsorted(self.kept, self._wanted)]
+
+    @property
+    def _wanted(self) -> Tensor:
+        scored = torch.tensor([row for each in self.scored for row in each.rows], device=self.sampled.device)
+        return torch.cat([self.sampled, scored])
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -79,19 +93,15 @@ class Runner:
 
         Writes the rows' keys and values to the cache.
         """
-        kept = rows.sampled
-        if rows.scored:
-            scored = [row for each in rows.scored for row in each.rows]
-            kept = torch.cat([kept, torch.tensor(scored, device=self.device)])
         with torch.inference_mode(), attention_step(self._cache.plan(rows.spans)), lora_step(step):
             output = self._model(
                 input_ids=rows.input_ids,
                 position_ids=rows.position_ids,
                 use_cache=False,
-                logits_to_keep=kept,
+                logits_to_keep=rows.kept,
             )
         logits: Tensor = output.logits[0]
-        return logits
+        return rows.wanted(logits)
 
     def run(self, batch: Batch, rows: Rows, step: LoraStep | None) -> list[Chosen]:
         """Run a step and choose the next token of every chunk that samples, in the batch's order."""
