@@ -1,5 +1,7 @@
 """The base model's modules as adapters see them: each asks the running step how to compute it."""
 
+import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,6 +52,9 @@ class AdaptedModule(nn.Module):
         self.b = torch.empty(0)
         self.bias_rows: dict[str, Tensor] = {}
         self.replaced: dict[str, dict[str, Tensor]] = {}
+        self._out_features = site.out_features
+        self._number = torch.tensor(next(_numbers))  # a tensor, since a graph is made anew for another integer
+        _modules[int(self._number)] = self
 
     def __getattr__(self, name: str) -> Any:
         # Models look at their modules' attributes (`self.fc1.weight.dtype`); answer for the module that stood here.
@@ -60,6 +65,13 @@ class AdaptedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base module's output with the step's adapters applied."""
+        if torch.compiler.is_compiling():
+            out: Tensor = torch.ops.dylora.module(x, self._number, self._out_features)
+            return out
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The same, outside of any graph."""
         step = _step.get()
         return self.run_base(x) if step is None else step.apply(self, x)
 
@@ -101,6 +113,21 @@ class AdaptedModule(nn.Module):
     def _rows_of(self, b: Tensor, columns: slice) -> Tensor:
         """A view on some columns of B that has them first, whichever form B has."""
         return b[columns] if self.site.kernels is None else b[:, columns].transpose(0, 1)
+
+
+_numbers = itertools.count()
+_modules: "weakref.WeakValueDictionary[int, AdaptedModule]" = weakref.WeakValueDictionary()
+
+
+def _run_module(x: Tensor, number: Tensor, out_features: int) -> Tensor:
+    """The operator that stands for a module in compiled graphs: what a step decides is not the compiler's business."""
+    return _modules[int(number)].compute(x)
+
+
+_operators = torch.library.Library("dylora", "FRAGMENT")
+_operators.define("module(Tensor x, Tensor number, int out_features) -> Tensor")
+_operators.impl("module", _run_module, "CompositeExplicitAutograd")
+torch.library.register_fake("dylora::module", lambda x, number, out_features: x.new_empty(*x.shape[:-1], out_features))
 
 
 def has_special_rows(adapter: Adapter) -> bool:

@@ -14,6 +14,7 @@ import torch
 from adapters.adapter import Adapter
 from service.core import (
     Aborted,
+    Compile,
     EngineObserver,
     EngineStats,
     Event,
@@ -25,7 +26,8 @@ from service.core import (
     StepReport,
 )
 from service.engine.blocks import BlockPool
-from service.engine.kv_cache import KVCache
+from service.engine.compiled import CompiledBlocks, blocks_of, wants_compilation
+from service.engine.kv_cache import KVCache, number_layers
 from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel
 from service.engine.model_check import Reference
@@ -55,7 +57,7 @@ class EngineOptions:
         prefix_cache: reuse the keys and values of prompts that begin alike, at the same adapter and rank. Who can time
             answers can tell whether a prompt was asked before; tenants who must not know that of each other need it off.
         merge_after_steps: consecutive steps of one (adapter, rank) before its weights are merged.
-        kernels: compute in kernels built for this processor what they can, if there is a compiler.
+        compile: whether to make machine code for this processor.
     """
 
     max_running: int = 64
@@ -67,7 +69,7 @@ class EngineOptions:
     prefix_cache: bool = True
     merged_cache_bytes: int = 512 << 20
     merge_after_steps: int = 8
-    kernels: bool = True
+    compile: Compile = Compile.AUTO
 
 
 class Engine:
@@ -92,7 +94,8 @@ class Engine:
         self._options = options
         self._observer = observer
         dtype, device = loaded.model.dtype, loaded.model.device
-        found = kernels() if options.kernels and device.type == "cpu" and dtype is torch.float32 else None
+        is_served = device.type == "cpu" and dtype is torch.float32
+        found = kernels() if is_served and options.compile is not Compile.OFF else None
         block_bytes = KVCache.token_bytes(loaded.layers, dtype) * options.kv_block_tokens
         most = options.max_running * -(-loaded.max_context_tokens // options.kv_block_tokens)
         self._pool = BlockPool(max(4, min(options.kv_cache_bytes // block_bytes, most)), options.kv_block_tokens)
@@ -104,13 +107,18 @@ class Engine:
             device=device,
             kernels=found,
         )
-        self._runner = Runner(loaded, cache)
+        self._runner = Runner(loaded, cache, found)
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._prompts = Prompts(loaded.tokenizer)
         facts = loaded.facts  # like the reference, from the model as it came: packing unties weights
         reference = Reference(loaded)
         self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings(), kernels=found)
         reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
+        if wants_compilation(options.compile, loaded):
+            self._bank.adapt_linear(blocks_of(loaded))
+            number_layers(loaded.layers)
+            with CompiledBlocks(loaded):
+                reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._scheduler = Scheduler(
             self._pool,
@@ -330,6 +338,7 @@ class Engine:
         self._scheduler.commit(batch)
         self._publish()  # before anyone hears of a token, who may look at the counts at once
         now = time.monotonic()
+        self._planner.record(mode, rows.input_ids.numel(), now - started)
         sampling = [ticket for ticket, chunk in zip(tickets, batch.chunks, strict=True) if chunk.samples]
         for ticket, choice in zip(sampling, chosen, strict=True):
             for event in ticket.take(choice, mode, now):

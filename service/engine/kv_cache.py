@@ -5,8 +5,10 @@ variable, which step runs; everything about rows, blocks and positions stands in
 rows of many requests packed into one sequence.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -93,8 +95,42 @@ def _packed_attention(
     if unknown or attention_mask is not None:
         raise UnsupportedAttention(f"its attention needs {', '.join(unknown) or 'a mask of its own'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.dylora.attend(
+            query, key, value, module.dylora_number, scale, sliding_window or 0, softcap or 0.0
+        )
+        return out, None
     call = AttentionCall(query[0], key[0], value[0], scale, sliding_window or None, softcap or None)
     return _step.get().attend(module, call).unsqueeze(0), None
+
+
+def number_layers(layers: Iterable[nn.Module]) -> None:
+    """Let compiled graphs tell attention layers apart: by a tensor, since a graph is made anew for another integer."""
+    for layer in layers:
+        number = next(_numbers)
+        layer.dylora_number = torch.tensor(number)
+        _layers[number] = layer
+
+
+_numbers = itertools.count()
+_layers: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, number: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """The operator that stands for attention in compiled graphs. Writing to the cache is no effect that a graph could see."""
+    call = AttentionCall(query[0], key[0], value[0], scale, window or None, softcap or None)
+    return _step.get().attend(_layers[int(number)], call).unsqueeze(0)
+
+
+_operators = torch.library.Library("dylora", "FRAGMENT")
+_operators.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor number, float scale, int window, float softcap) -> Tensor"
+)
+_operators.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "dylora::attend",
+    lambda query, key, value, *_: query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]),
+)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

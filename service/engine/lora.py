@@ -4,7 +4,7 @@ Each adapter owns a range of columns, the same in every module, and its first co
 adapter serves all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class LoraBank:
             packed = self.site(path).packed(kernels)
             if packed is not None:
                 self._packed[path] = packed
-                self._adapt(path)
+                self.adapt(path)
 
     @property
     def resident(self) -> int:
@@ -78,6 +78,20 @@ class LoraBank:
     def site(self, path: str) -> Site:
         """The base model's own module at `path`, whether adapted by now or not. Raises KeyError if there is none."""
         return self._packed.get(path) or Site(path, self._originals[path], site_kind(self._originals[path]))
+
+    def adapt(self, path: str) -> AdaptedModule:
+        """Put a module in the place of the base's own that can apply adapters, if it does not stand there yet."""
+        if path not in self._adapted:
+            self._adapted[path] = AdaptedModule(self.site(path))
+            self._model.set_submodule(path, self._adapted[path])
+        return self._adapted[path]
+
+    def adapt_linear(self, under: Iterable[str]) -> None:
+        """Adapt every linear module below these paths before an adapter asks for it, so that compiled code stays right."""
+        inside = tuple(f"{path}." for path in under)
+        for path, module in self._originals.items():
+            if path.startswith(inside) and site_kind(module) is SiteKind.LINEAR:
+                self.adapt(path)
 
     def acquire(self, version: str, adapter: Adapter) -> None:
         """Count one more user of an adapter, and give it columns if it has none."""
@@ -144,17 +158,10 @@ class LoraBank:
                 hint = " (is its vocabulary resized? then the base must be, too)" if is_resized else ""
                 yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
 
-    def _adapt(self, path: str) -> AdaptedModule:
-        """Put a module in the place of the base's own that can apply adapters, if it does not stand there yet."""
-        if path not in self._adapted:
-            self._adapted[path] = AdaptedModule(self.site(path))
-            self._model.set_submodule(path, self._adapted[path])
-        return self._adapted[path]
-
     def _place(self, version: str, adapter: Adapter) -> _Resident:
         resident = _Resident(version, adapter, self._find_room(adapter.config.r_max))
         for path in touched_modules(adapter):
-            module = self._adapt(path)
+            module = self.adapt(path)
             if path in adapter.modules and not module.has_columns:
                 module.resize(self._capacity)
         self._active = None

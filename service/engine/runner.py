@@ -8,6 +8,7 @@ from torch import Tensor
 from service.engine.adapted import LoraStep, lora_step
 from service.engine.kv_cache import KVCache, Span, attention_step
 from service.engine.model import LoadedModel
+from service.engine.native.kernels import Kernels
 from service.engine.sampling import Chosen, Sampler, most_probable
 from service.engine.scheduler import Batch, Chunk, Sequence
 
@@ -82,10 +83,10 @@ def pack(batch: Batch, device: torch.device) -> Rows:
 class Runner:
     """Runs the model over packed rows."""
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
+    def __init__(self, loaded: LoadedModel, cache: KVCache, kernels: Kernels | None = None) -> None:
         self._model = loaded.model
         self._cache = cache
-        self._sampler = Sampler(loaded.eos_ids)
+        self._sampler = Sampler(loaded.eos_ids, kernels)
         self.device = loaded.model.device
 
     def logits(self, rows: Rows, step: LoraStep | None) -> Tensor:

@@ -28,7 +28,7 @@ def built_library() -> Path | None:
         return None
     name = f"kernels-{_fingerprint(compiler)}.so"
     started = time.monotonic()
-    for folder in (Path(platformdirs.user_cache_dir("dylora", appauthor=False)), Path(tempfile.gettempdir()) / f"dylora-{os.getuid()}"):
+    for folder in _folders():
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_uid != os.getuid():  # somebody else's code must not run as ours
@@ -45,6 +45,12 @@ def built_library() -> Path | None:
             log.warning("the kernels could not be built: products run by torch alone, slower: %s", reason.strip()[:500])
             return None
     return None
+
+
+def _folders() -> tuple[Path, Path]:
+    """Where libraries are kept, best first."""
+    cache = platformdirs.user_cache_path("dylora", appauthor=False)
+    return cache, Path(tempfile.gettempdir()) / f"dylora-{os.getuid()}"
 
 
 def _build(compiler: str, built: Path) -> None:

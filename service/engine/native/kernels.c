@@ -192,7 +192,7 @@ void dylora_add_lora(const float *x, float *y, const float *a, const float *b, l
 
 void dylora_merge(const float *w, const float *a, const float *b, long b_stride, float scale, long rank, long in, long first,
                   long end, float *merged) {
-    float *turned = scratch((size_t)rank * PANEL);
+    float turned[rank * PANEL];
     for (long panel = first; panel < end; panel++) {
         for (long j = 0; j < PANEL; j++)
             for (long r = 0; r < rank; r++) turned[r * PANEL + j] = scale * b[(panel * PANEL + j) * b_stride + r];

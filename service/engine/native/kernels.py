@@ -43,7 +43,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [out, in] in panels, as a tensor of the same shape: element [p * 16 + j, k] stands at p * 16 * in + k * 16 + j."""
+    """A weight [out, in] in panels, in a tensor of the same shape: element [16 p + j, k] stands at 16 p in + 16 k + j."""
     out_features, in_features = weight.shape
     panels = weight.view(out_features // PANEL, PANEL, in_features).transpose(1, 2).contiguous()
     return panels.view(out_features, in_features)
@@ -103,7 +103,7 @@ class Kernels:
         )
 
     def merge(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, out: Tensor, panels: range) -> None:
-        """`weight + scale * b @ a` for some panels of a packed weight, into `out`; a [rank, in], b [out, rank], any rows of it."""
+        """`weight + scale * b @ a` for some panels of a packed weight, into `out`; a [rank, in], b [out, rank]."""
         rank, in_features = a.shape
         self._library.dylora_merge(
             *(weight.data_ptr(), a.data_ptr(), b.data_ptr(), b.stride(0), scale, rank, in_features),
