@@ -26,7 +26,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-slow test-gpu docker-test check lint types format demo-model paper bench slo lock clean
+.PHONY: help setup serve test test-slow test-gpu docker-test check lint types format demo-model paper bench bench-http slo lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,7 +79,10 @@ paper: $(READY) ## Compare DyLoRA with LoRA on real data, a day on two cores: ma
 	$(BIN)/python -m adapters.paper.step_time --data "$(DATA)" --models "$(MODELS)" --out "$(OUT)"
 	$(BIN)/python -m adapters.paper.report --results "$(OUT)/results" --to "$(OUT)"
 
-bench: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
+bench: $(READY) ## Measure the engine beside PEFT (and llama.cpp, vLLM by option), one JSON line per point
+	@$(BIN)/python -m loadtests.engine_bench $(ARGS)
+
+bench-http: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
 	@$(BIN)/python -m loadtests.throughput $(ARGS)
 
 slo: $(READY) ## Compare fixed ranks and auto-rank under deadlines over HTTP, an hour: make slo OUT=folder [E2E=devset.csv]

@@ -24,6 +24,15 @@ class Mode(StrEnum):
     """One masked product pair served every adapter and rank of the step."""
 
 
+class Compile(StrEnum):
+    """Whether machine code is made for the processor at hand."""
+
+    AUTO = "auto"
+    """Where there is a compiler: kernels always, the model's blocks if it is large."""
+    ON = "on"
+    OFF = "off"
+
+
 class FinishReason(StrEnum):
     """Why a generation ended, in text-generation-inference's words."""
 

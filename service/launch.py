@@ -95,6 +95,7 @@ def real_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
         prefix_cache=settings.prefix_cache,
         merged_cache_bytes=settings.merged_cache_bytes,
         merge_after_steps=settings.merge_after_steps,
+        compile=settings.compile,
     )
     return Engine(loaded, options, observer)
 

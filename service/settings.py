@@ -15,6 +15,7 @@ from platformdirs import user_cache_dir
 from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.core import Compile
 from service.policies import Policy, PolicyBook, PolicyKind, WhenUnattainable
 
 ENV_PREFIX = "DYLORA_"
@@ -101,6 +102,9 @@ class Settings(BaseSettings):
     device: Device = Field(Device.AUTO, description="where the model runs; auto takes a GPU if there is one")
     dtype: Dtype = Field(Dtype.AUTO, description="number format of the weights; auto: float32 on CPU, else the model's")
     threads: int | None = Field(None, ge=1, description="CPU threads for tensor work; unset leaves torch's choice")
+    compile: Compile = Field(
+        Compile.AUTO, description="machine code for this processor: auto compiles kernels, and the blocks of large models"
+    )
     max_running_requests: Count = Field(64, description="most requests in one batch")
     max_waiting_requests: Count = Field(256, description="most requests in the queue; more are answered with 503")
     max_batch_tokens: Count = Field(512, description="token budget of one step, prompt chunks and decode rows together")

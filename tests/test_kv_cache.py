@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.kv_cache import AttentionCall, KVCache, LayerShape, Span
+from service.engine.native.kernels import kernels
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -37,8 +38,9 @@ def packed(parts: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     "places", [[(900, 1), (3, 1), (20, 1), (257, 1), (511, 1), (899, 1)], [(0, 7), (600, 1), (330, 40), (5, 1)]]
 )
+@pytest.mark.parametrize("is_native", [True, False])
 def test_rows_of_any_length_see_what_plain_attention_sees(
-    window: int | None, softcap: float | None, places: list[tuple[int, int]]
+    window: int | None, softcap: float | None, places: list[tuple[int, int]], is_native: bool
 ) -> None:
     torch.manual_seed(0)
     layer = nn.Identity()
@@ -51,6 +53,7 @@ def test_rows_of_any_length_see_what_plain_attention_sees(
         block_tokens=block_tokens,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        kernels=kernels() if is_native else None,
     )
     shuffled = torch.split(torch.randperm(sum(needed)), needed)  # nobody's blocks are in order
     keys = [torch.randn(KV_HEADS, start + length, DIM) for start, length in places]

@@ -13,9 +13,10 @@ from service.core import AdapterChoice
 from service.engine.adapted import lora_step
 from service.engine.lora import LoraBank
 from service.engine.merged import MergedCache, MergedWeights, merge, merged_nbytes
+from service.engine.native.kernels import kernels
 from service.engine.sites import Site, site_kind
 
-WIDTH, OUT, VOCAB = 6, 5, 11
+WIDTH, OUT, VOCAB = 6, 16, 11
 
 
 class Toy(nn.Module):
@@ -49,8 +50,8 @@ def choice(version: str, of: Adapter, rank: int) -> AdapterChoice:
     return AdapterChoice(version, rank, of.config.scale(rank))
 
 
-def bank_of(toy: Toy, **options: int) -> LoraBank:
-    return LoraBank(toy, toy.embed, **options)
+def bank_of(toy: Toy, *, columns: int = 256, is_native: bool = False) -> LoraBank:
+    return LoraBank(toy, toy.embed, columns=columns, kernels=kernels() if is_native else None)
 
 
 def special(seed: int) -> Adapter:
@@ -63,10 +64,11 @@ def special(seed: int) -> Adapter:
     )
 
 
+@pytest.mark.parametrize("is_native", [True, False])
 @torch.inference_mode()
-def test_each_row_gets_its_own_adapter_and_rank() -> None:
+def test_each_row_gets_its_own_adapter_and_rank(is_native: bool) -> None:
     toy = Toy()
-    bank = bank_of(toy, columns=4)
+    bank = bank_of(toy, columns=4, is_native=is_native)
     adapters = {"a": adapter(1), "b": adapter(2, r_max=4), "c": adapter(3, paths=("lin",)), "d": special(4)}
     for version, each in adapters.items():
         bank.acquire(version, each)

@@ -1,5 +1,7 @@
 """The base model's modules as adapters see them: each asks the running step how to compute it."""
 
+import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from adapters.adapter import Adapter
-from service.engine.sites import Site, SiteKind
+from adapters.adapter import Adapter, LowRank
+from service.engine.native.kernels import PANEL
+from service.engine.sites import Site
 
 _step: ContextVar["LoraStep | None"] = ContextVar("lora_step", default=None)
 
@@ -34,18 +37,24 @@ def lora_step(step: LoraStep | None) -> Iterator[None]:
 class AdaptedModule(nn.Module):
     """Stands where a module of the base model stood, and asks the running step how to compute it.
 
-    Made when the first adapter targets the module, so that a server of the base alone runs the model as it came.
+    Attributes:
+        a: [columns, in]; no columns before the first adapter targets the module.
+        b: [columns, out], or [out / PANEL, columns, PANEL] where the site's weight is packed.
+        bias_rows: version to [out], added to the output.
+        replaced: version to parameters that replace the base's own.
     """
 
-    def __init__(self, site: Site, capacity: int) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
         self.base = site.module
         self.site = site
-        self.a = torch.empty(0)  # [capacity, in]
-        self.b = torch.empty(0)  # [capacity, out]
-        self.bias_rows: dict[str, Tensor] = {}  # version -> [out], added to the output
-        self.replaced: dict[str, dict[str, Tensor]] = {}  # version -> parameters that replace the base's own
-        self.resize(capacity)
+        self.a = torch.empty(0)
+        self.b = torch.empty(0)
+        self.bias_rows: dict[str, Tensor] = {}
+        self.replaced: dict[str, dict[str, Tensor]] = {}
+        self._out_features = site.out_features
+        self._number = torch.tensor(next(_numbers))  # a tensor, since a graph is made anew for another integer
+        _modules[int(self._number)] = self
 
     def __getattr__(self, name: str) -> Any:
         # Models look at their modules' attributes (`self.fc1.weight.dtype`); answer for the module that stood here.
@@ -56,25 +65,69 @@ class AdaptedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base module's output with the step's adapters applied."""
+        if torch.compiler.is_compiling():
+            out: Tensor = torch.ops.dylora.module(x, self._number, self._out_features)
+            return out
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The same, outside of any graph."""
         step = _step.get()
         return self.run_base(x) if step is None else step.apply(self, x)
 
     def run_base(self, x: Tensor) -> Tensor:
         """The base module's own output."""
+        if self.site.kernels is not None:
+            return self.site.run(x, {})
         out: Tensor = self.base(x)
         return out
 
-    def resize(self, capacity: int) -> None:
-        """Make room for `capacity` columns, keeping those held."""
-        if self.site.kind is not SiteKind.OTHER:
-            self.a = self._grown(self.a, capacity, self.site.in_features)
-            self.b = self._grown(self.b, capacity, self.site.out_features)
+    @property
+    def has_columns(self) -> bool:
+        """Whether an adapter has targeted the module by now."""
+        return self.a.numel() > 0
 
-    def _grown(self, held: Tensor, capacity: int, features: int) -> Tensor:
-        grown = self.site.weight.new_zeros(capacity, features)
-        if held.numel():
-            grown[: held.shape[0]] = held
-        return grown
+    def resize(self, columns: int) -> None:
+        """Make room for `columns` columns, keeping those held."""
+        site, held = self.site, len(self.a)
+        a = site.weight.new_zeros(columns, site.in_features)
+        if site.kernels is None:
+            b = site.weight.new_zeros(columns, site.out_features)
+        else:
+            b = site.weight.new_zeros(site.out_features // PANEL, columns, PANEL)
+        if held:
+            a[:held] = self.a
+            self._rows_of(b, slice(held))[:] = self._rows_of(self.b, slice(held))
+        self.a, self.b = a, b
+
+    def place(self, columns: slice, factors: LowRank | None) -> None:
+        """Write an adapter into its columns. What it does not fill is zero: a former owner must not shine through."""
+        own_b = self._rows_of(self.b, columns)  # [columns, ...]
+        self.a[columns] = 0
+        own_b[:] = 0
+        if factors is not None:
+            b = factors.b.T  # [rank, out]
+            self.a[columns][: factors.rank] = factors.a
+            own_b[: factors.rank] = b if self.site.kernels is None else b.unflatten(1, (-1, PANEL))
+
+    def _rows_of(self, b: Tensor, columns: slice) -> Tensor:
+        """A view on some columns of B that has them first, whichever form B has."""
+        return b[columns] if self.site.kernels is None else b[:, columns].transpose(0, 1)
+
+
+_numbers = itertools.count()
+_modules: "weakref.WeakValueDictionary[int, AdaptedModule]" = weakref.WeakValueDictionary()
+
+
+def _run_module(x: Tensor, number: Tensor, out_features: int) -> Tensor:
+    """The operator that stands for a module in compiled graphs: what a step decides is not the compiler's business."""
+    return _modules[int(number)].compute(x)
+
+
+_operators = torch.library.Library("dylora", "FRAGMENT")
+_operators.define("module(Tensor x, Tensor number, int out_features) -> Tensor")
+_operators.impl("module", _run_module, "CompositeExplicitAutograd")
+torch.library.register_fake("dylora::module", lambda x, number, out_features: x.new_empty(*x.shape[:-1], out_features))
 
 
 def has_special_rows(adapter: Adapter) -> bool:

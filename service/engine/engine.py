@@ -9,9 +9,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
+import torch
+
 from adapters.adapter import Adapter
 from service.core import (
     Aborted,
+    Compile,
     EngineObserver,
     EngineStats,
     Event,
@@ -22,10 +25,12 @@ from service.core import (
     ModelFacts,
 )
 from service.engine.blocks import BlockPool
-from service.engine.kv_cache import KVCache
+from service.engine.compiled import CompiledBlocks, blocks_of, wants_compilation
+from service.engine.kv_cache import KVCache, number_layers
 from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel
-from service.engine.model_check import check_served_alike
+from service.engine.model_check import Reference
+from service.engine.native.kernels import kernels
 from service.engine.planner import Planner
 from service.engine.prompts import Prompts
 from service.engine.runner import Runner, pack
@@ -51,6 +56,7 @@ class EngineOptions:
         prefix_cache: reuse the keys and values of prompts that begin alike, at the same adapter and rank. Who can time
             answers can tell whether a prompt was asked before; tenants who must not know that of each other need it off.
         merge_after_steps: consecutive steps of one (adapter, rank) before its weights are merged.
+        compile: whether to make machine code for this processor.
     """
 
     max_running: int = 64
@@ -62,6 +68,7 @@ class EngineOptions:
     prefix_cache: bool = True
     merged_cache_bytes: int = 512 << 20
     merge_after_steps: int = 8
+    compile: Compile = Compile.AUTO
 
 
 class Engine:
@@ -86,6 +93,8 @@ class Engine:
         self._options = options
         self._observer = observer
         dtype, device = loaded.model.dtype, loaded.model.device
+        is_served = device.type == "cpu" and dtype is torch.float32
+        found = kernels() if is_served and options.compile is not Compile.OFF else None
         block_bytes = KVCache.token_bytes(loaded.layers, dtype) * options.kv_block_tokens
         most = options.max_running * -(-loaded.max_context_tokens // options.kv_block_tokens)
         self._pool = BlockPool(max(4, min(options.kv_cache_bytes // block_bytes, most)), options.kv_block_tokens)
@@ -95,11 +104,20 @@ class Engine:
             block_tokens=options.kv_block_tokens,
             dtype=dtype,
             device=device,
+            kernels=found,
         )
-        self._runner = Runner(loaded, cache)
+        self._runner = Runner(loaded, cache, found)
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._prompts = Prompts(loaded.tokenizer)
-        check_served_alike(loaded, self._runner, block_tokens=options.kv_block_tokens)
+        facts = loaded.facts  # like the reference, from the model as it came: packing unties weights
+        reference = Reference(loaded)
+        self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings(), kernels=found)
+        reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
+        if wants_compilation(options.compile, loaded):
+            self._bank.adapt_linear(blocks_of(loaded))
+            number_layers(loaded.layers)
+            with CompiledBlocks(loaded):
+                reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._scheduler = Scheduler(
             self._pool,
@@ -108,7 +126,6 @@ class Engine:
             prefill_chunk_tokens=options.prefill_chunk_tokens,
             prefix_cache=options.prefix_cache,
         )
-        self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings())
         self._planner = Planner(
             self._bank,
             cache_bytes=options.merged_cache_bytes,
@@ -120,7 +137,7 @@ class Engine:
 
         # One limit for all who ask: what the model allows, and what the cache can hold of one request.
         context = min(loaded.max_context_tokens, self._pool.capacity_tokens)
-        self._facts = replace(loaded.facts, max_context_tokens=context)
+        self._facts = replace(facts, max_context_tokens=context)
         self._lock = threading.Condition()  # guards the five below
         self._adapters: dict[str, Adapter] = {}
         self._live: dict[str, Sequence] = {}  # request id -> sequence, from submit to its terminal event
@@ -324,6 +341,7 @@ class Engine:
         self._scheduler.commit(batch)
         self._publish()  # before anyone hears of a token, who may look at the counts at once
         now = time.monotonic()
+        self._planner.record(mode, rows.input_ids.numel(), now - started)
         sampling = [ticket for ticket, chunk in zip(tickets, batch.chunks, strict=True) if chunk.samples]
         for ticket, choice in zip(sampling, chosen, strict=True):
             for event in ticket.take(choice, mode, now):

@@ -5,16 +5,21 @@ variable, which step runs; everything about rows, blocks and positions stands in
 rows of many requests packed into one sequence.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from service.engine.native.kernels import LANES, Kernels
 
 ATTENTION = "dylora_packed"
 """The name under which our attention is registered with transformers."""
@@ -24,6 +29,8 @@ HARMLESS = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cach
 
 
 _SHORT_CONTEXT_TOKENS = 256
+_SMALL_CHUNK = 4096
+"""Rows x positions of a prefill chunk up to which the kernels take its rows one by one, rather than torch all together."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,42 @@ def _packed_attention(
     if unknown or attention_mask is not None:
         raise UnsupportedAttention(f"its attention needs {', '.join(unknown) or 'a mask of its own'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.dylora.attend(
+            query, key, value, module.dylora_number, scale, sliding_window or 0, softcap or 0.0
+        )
+        return out, None
     call = AttentionCall(query[0], key[0], value[0], scale, sliding_window or None, softcap or None)
     return _step.get().attend(module, call).unsqueeze(0), None
+
+
+def number_layers(layers: Iterable[nn.Module]) -> None:
+    """Let compiled graphs tell attention layers apart: by a tensor, since a graph is made anew for another integer."""
+    for layer in layers:
+        number = next(_numbers)
+        layer.dylora_number = torch.tensor(number)
+        _layers[number] = layer
+
+
+_numbers = itertools.count()
+_layers: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, number: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """The operator that stands for attention in compiled graphs. Writing to the cache is no effect that a graph could see."""
+    call = AttentionCall(query[0], key[0], value[0], scale, window or None, softcap or None)
+    return _step.get().attend(_layers[int(number)], call).unsqueeze(0)
+
+
+_operators = torch.library.Library("dylora", "FRAGMENT")
+_operators.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor number, float scale, int window, float softcap) -> Tensor"
+)
+_operators.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "dylora::attend",
+    lambda query, key, value, *_: query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]),
+)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -126,9 +167,14 @@ class KVCache:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: Kernels | None = None,
     ) -> None:
+        """With `kernels`, decode rows are attended by them where they can."""
         self.block_tokens = block_tokens
         self.device = device
+        dims = [dim for shape in layers.values() for dim in (shape.head_dim, shape.value_dim)]
+        is_served = dtype is torch.float32 and device.type == "cpu" and not any(dim % LANES for dim in dims)
+        self._kernels = kernels if is_served else None
         self._scratch = Scratch()
         # Zeros, not garbage: padded positions are read and weighted with 0, and 0 * NaN is NaN.
         self._layers = {
@@ -146,7 +192,7 @@ class KVCache:
 
     def plan(self, spans: Sequence[Span]) -> "PagedAttention":
         """Lay out one step's rows, packed in the order of `spans`."""
-        return PagedAttention(self._layers, self.block_tokens, spans, self.device, self._scratch)
+        return PagedAttention(self._layers, self.block_tokens, spans, self.device, self._scratch, self._kernels)
 
 
 class Scratch:
@@ -189,8 +235,10 @@ class PagedAttention:
         spans: Sequence[Span],
         device: torch.device,
         scratch: "Scratch",
+        kernels: Kernels | None,
     ) -> None:
         self._layers = layers
+        self._kernels = kernels
         self._block_tokens = block_tokens
         self._device = device
         self._scratch = scratch
@@ -201,9 +249,9 @@ class PagedAttention:
         decode_rows: list[int] = []
         row = 0
         for span in spans:
-            if span.length == 1:
-                decode_rows.append(row)
-                self._decodes.append(span)
+            if span.length == 1 or (kernels is not None and span.length * span.end <= _SMALL_CHUNK):
+                decode_rows += range(row, row + span.length)
+                self._decodes += [Span(at, 1, span.blocks) for at in range(span.start, span.end)] if span.length > 1 else [span]
             else:
                 self._prefills.append((row, span))
             row += span.length
@@ -215,6 +263,8 @@ class PagedAttention:
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """Output of one layer, [rows, heads, value_dim]."""
         keys, values = self._layers[module]  # [blocks, block_tokens, kv_heads, dim]
+        if self._kernels is not None:
+            return self._attend_natively(self._kernels, keys, values, call)
         keys.flatten(0, 1).index_copy_(0, self._write_slots, call.key.transpose(0, 1).to(keys.dtype))
         values.flatten(0, 1).index_copy_(0, self._write_slots, call.value.transpose(0, 1).to(values.dtype))
         if not self._prefills:
@@ -224,12 +274,35 @@ class PagedAttention:
         if self._decodes:
             query = call.query[:, self._decode_rows].transpose(0, 1)
             out[self._decode_rows] = self._decode(query, keys, values, call)
+        self._prefill(out, keys, values, call)
+        return out
+
+    def _attend_natively(self, kernels: Kernels, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
+        query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (call.query, call.key, call.value))
+        kernels.write_cache(key, value, self._write_slots, keys, values)
+        heads, rows, _ = query.shape
+        out = query.new_empty(rows, heads, value.shape[-1])
+        if self._decodes:
+            ends, tables = self._decode_tables
+            seen = {"rows": self._decode_rows, "ends": ends, "tables": tables}
+            kernels.attend(query, keys, values, out, **seen, window=call.window, scale=call.scale, softcap=call.softcap)
+        self._prefill(out, keys, values, call)
+        return out
+
+    @cached_property
+    def _decode_tables(self) -> tuple[Tensor, Tensor]:
+        """Of each decode row the number of positions that it sees, [decodes], and its blocks, [decodes, most blocks]."""
+        used = [-(-span.end // self._block_tokens) for span in self._decodes]
+        tables = [[*span.blocks[:count], *[0] * (max(used) - count)] for span, count in zip(self._decodes, used, strict=True)]
+        return torch.tensor([span.end for span in self._decodes]), torch.tensor(tables)
+
+    def _prefill(self, out: Tensor, keys: Tensor, values: Tensor, call: AttentionCall) -> None:
+        """Attention of the prefill chunks, written to their rows of `out` [rows, heads, value_dim]."""
         for (row, span), (table, mask) in zip(self._prefills, self._prefill_views(call.window), strict=True):
             end = row + span.length
             query = call.query[None, :, row:end]  # [1, heads, length, dim]
             seen_keys, seen_values = self._gather("keys", keys, table), self._gather("values", values, table)
             out[row:end] = _attention(query, seen_keys, seen_values, mask, call)[0].transpose(0, 1)
-        return out
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
         """`query` is [decodes, heads, dim]; the result [decodes, heads, value_dim]."""

@@ -4,7 +4,7 @@ Each adapter owns a range of columns, the same in every module, and its first co
 adapter serves all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from adapters.errors import InvalidAdapter
 from service.core import AdapterChoice
 from service.engine.adapted import AdaptedModule, replaced_parameters, touched_modules
 from service.engine.mixed import ActiveColumns, MixedStep
+from service.engine.native.kernels import Kernels
 from service.engine.sites import Site, SiteKind, site_kind
 
 
@@ -38,18 +39,26 @@ class LoraBank:
     bank grows only when the adapters in use at one time do not fit.
     """
 
-    def __init__(self, model: nn.Module, token_embedding: nn.Module, *, columns: int = 256) -> None:
+    def __init__(
+        self, model: nn.Module, token_embedding: nn.Module, *, columns: int = 256, kernels: Kernels | None = None
+    ) -> None:
+        """With `kernels`, the weights that they can compute are packed: from then on the model runs through the bank."""
         self._model = model
         self._originals = dict(model.named_modules())  # as they were before any was adapted
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._token_embedding = token_embedding
-        self._dtype = token_embedding.get_parameter("weight").dtype
         self._adapted: dict[str, AdaptedModule] = {}
+        self._packed: dict[str, Site] = {}
         self._capacity = columns
         self._residents: dict[str, _Resident] = {}  # least recently acquired first
         self._active: ActiveColumns | None = None
         self.nbytes = 0
         """Bytes of all columns, used or not."""
+        for path in self._originals if kernels is not None else ():
+            packed = self.site(path).packed(kernels)
+            if packed is not None:
+                self._packed[path] = packed
+                self.adapt(path)
 
     @property
     def resident(self) -> int:
@@ -68,7 +77,21 @@ class LoraBank:
 
     def site(self, path: str) -> Site:
         """The base model's own module at `path`, whether adapted by now or not. Raises KeyError if there is none."""
-        return Site(path, self._originals[path], site_kind(self._originals[path]))
+        return self._packed.get(path) or Site(path, self._originals[path], site_kind(self._originals[path]))
+
+    def adapt(self, path: str) -> AdaptedModule:
+        """Put a module in the place of the base's own that can apply adapters, if it does not stand there yet."""
+        if path not in self._adapted:
+            self._adapted[path] = AdaptedModule(self.site(path))
+            self._model.set_submodule(path, self._adapted[path])
+        return self._adapted[path]
+
+    def adapt_linear(self, under: Iterable[str]) -> None:
+        """Adapt every linear module below these paths before an adapter asks for it, so that compiled code stays right."""
+        inside = tuple(f"{path}." for path in under)
+        for path, module in self._originals.items():
+            if path.startswith(inside) and site_kind(module) is SiteKind.LINEAR:
+                self.adapt(path)
 
     def linear_modules(self) -> dict[str, tuple[int, int]]:
         """Paths of the linear modules inside the blocks, those in a numbered list of modules, with their (in, out)."""
@@ -99,18 +122,19 @@ class LoraBank:
         if version in self._residents:
             self._evict(self._residents[version])
 
-    def step(self, choices: Sequence[AdapterChoice | None], lengths: Sequence[int], sampled: Tensor) -> "MixedStep":
-        """Lay out a mixed step: run i of `lengths[i]` packed rows uses `choices[i]`; `sampled` are the rows whose logits
-        are computed.
+    def step(self, choices: Sequence[AdapterChoice | None], lengths: Sequence[int], kept: Tensor) -> "MixedStep":
+        """Lay out a mixed step: run i of `lengths[i]` packed rows uses `choices[i]`; `kept` are the rows whose logits are
+        computed, ascending.
         """
         ranks: dict[str, int] = {}
         for choice in choices:
             if choice is not None:
                 ranks[choice.version] = max(choice.rank, ranks.get(choice.version, 0))
+        starts = {version: self._residents[version].start for version in ranks}
         if self._active is None or not self._active.covers(ranks):
-            self._active = ActiveColumns({version: (self._residents[version].start, r) for version, r in ranks.items()})
+            self._active = ActiveColumns({version: (starts[version], rank) for version, rank in ranks.items()})
         adapters = {version: self._residents[version].adapter for version in ranks}
-        return MixedStep(self._active, adapters, choices, lengths, sampled, self._dtype)
+        return MixedStep(self._active, adapters, starts, choices, lengths, kept)
 
     def _misfits(self, adapter: Adapter) -> Iterator[str]:
         for path, factors in adapter.modules.items():
@@ -140,25 +164,19 @@ class LoraBank:
                 yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
 
     def _place(self, version: str, adapter: Adapter) -> _Resident:
-        for path in touched_modules(adapter):
-            if path not in self._adapted:
-                self._adapted[path] = AdaptedModule(self.site(path), self._capacity)
-                self._model.set_submodule(path, self._adapted[path])
         resident = _Resident(version, adapter, self._find_room(adapter.config.r_max))
+        for path in touched_modules(adapter):
+            module = self.adapt(path)
+            if path in adapter.modules and not module.has_columns:
+                module.resize(self._capacity)
         self._active = None
         for path, module in self._adapted.items():
-            if module.site.kind is SiteKind.OTHER:
-                continue
-            columns = slice(resident.start, resident.end)
-            module.a[columns] = 0  # the former owner's numbers must not shine through modules that this one leaves alone
-            module.b[columns] = 0
-            factors = adapter.modules.get(path)
-            if factors is not None:
-                module.a[resident.start : resident.start + factors.rank] = factors.a
-                module.b[resident.start : resident.start + factors.rank] = factors.b.T
+            if module.has_columns:
+                module.place(slice(resident.start, resident.end), adapter.modules.get(path))
         for path, parameters in replaced_parameters(adapter).items():
-            own = self._adapted[path].base
-            self._adapted[path].replaced[version] = {k: v.to(own.get_parameter(k)) for k, v in parameters.items()}
+            site = self._adapted[path].site
+            own = site.module.get_parameter
+            self._adapted[path].replaced[version] = {k: site.prepared(k, v.to(own(k))) for k, v in parameters.items()}
         for path, bias in adapter.lora_bias.items():
             self._adapted[path].bias_rows[version] = bias.to(self._adapted[path].site.weight)
         self.nbytes = sum(module.a.nbytes + module.b.nbytes for module in self._adapted.values())
@@ -180,7 +198,8 @@ class LoraBank:
                 continue
             self._capacity = max(2 * self._capacity, start + columns)
             for module in self._adapted.values():
-                module.resize(self._capacity)
+                if module.has_columns:
+                    module.resize(self._capacity)
             return start
 
     def _evict(self, resident: _Resident) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from service.core import AdapterChoice, CacheStats
 from service.engine.adapted import AdaptedModule, replaced_parameters, touched_modules
+from service.engine.native.kernels import PANEL, Kernels
 from service.engine.sites import Site
 
 _ALIGNMENT_BYTES = 64
@@ -77,14 +78,17 @@ def merge(
             raise MergeCancelled
         site = site_of(path)
         own = dict(site.module.named_parameters(recurse=False))
-        parameters = {name: value.to(own[name]) for name, value in replaced.get(path, {}).items()}
+        parameters = {name: site.prepared(name, value.to(own[name])) for name, value in replaced.get(path, {}).items()}
         factors = adapter.modules.get(path)
         if factors is not None:
             a = factors.a[: choice.rank].to(site.weight.device, torch.float32)  # [rank, in]
             b = factors.b[:, : choice.rank].to(site.weight.device, torch.float32)  # [out, rank]
             base = parameters.get("weight", site.weight)
-            left, right = (b, a) if site.delta(b) is b else (a.T, b.T)
-            parameters["weight"] = _add_product(base, left, right, choice.scale, out=places[path])
+            if site.kernels is not None:
+                parameters["weight"] = _merge_packed(site.kernels, base, a, b, choice.scale, out=places[path])
+            else:
+                left, right = (b, a) if site.delta(b) is b else (a.T, b.T)
+                parameters["weight"] = _add_product(base, left, right, choice.scale, out=places[path])
         lora_bias = adapter.lora_bias.get(path)
         if lora_bias is not None:
             before = parameters.get("bias", own.get("bias"))
@@ -132,6 +136,14 @@ def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, o
             torch.addmm(weight[part], left[part], right, alpha=scale, out=out[part])
         else:
             out[part] = torch.addmm(weight[part].float(), left[part], right, alpha=scale)
+    return out
+
+
+def _merge_packed(kernels: Kernels, weight: Tensor, a: Tensor, b: Tensor, scale: float, *, out: Tensor) -> Tensor:
+    """The same for a packed weight."""
+    panels = max(1, _SLICE_BYTES // (PANEL * weight.shape[1] * weight.itemsize))
+    for start in range(0, len(weight) // PANEL, panels):
+        kernels.merge(weight, a, b, scale, out, range(start, min(start + panels, len(weight) // PANEL)))
     return out
 
 

@@ -1,16 +1,18 @@
-"""A step of any adapters and ranks: one masked product pair serves them all.
+"""A step of any adapters and ranks. One copy of an adapter serves all of its ranks.
 
-With the columns in use of A stacked to [columns, in] and
-those of B to [columns, out], a module's output over packed rows is
+Where a weight is packed, rows stand in blocks that share an adapter, and one kernel computes all blocks: rows x (own rank)
+work, each adapter read once, no Python on the way. Elsewhere (other devices and formats, embeddings, no compiler) one masked
+product pair of torch serves every row: with the columns in use of A stacked to [columns, in] and those of B to [columns, out]
 
     y = x W^T + ((x A^T) * mask) B
 
-where mask [rows, columns] is scale(rank) inside the row's own adapter and rank, and 0 elsewhere. The mask is built once a
-step and serves all modules, so that one copy of an adapter serves all of its ranks.
+where mask [rows, columns] is scale(rank) inside the row's own adapter and rank, and 0 elsewhere: rows x (sum of ranks) work.
+What a module needs of the step is laid out once, by the first module that asks, and serves all of them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from service.core import AdapterChoice
 from service.engine.adapted import AdaptedModule, has_special_rows
+from service.engine.native.kernels import BLOCK_ROWS, LoraRows
 from service.engine.sites import SiteKind
 
 
@@ -51,12 +54,67 @@ class ActiveColumns:
         return packed
 
 
-@dataclass
 class _Rows:
     """What a module needs to know of the rows it is given: all rows of the step, or those whose logits are computed."""
 
-    mask: Tensor  # [rows, columns]
-    rows_of: dict[str, Tensor] = field(default_factory=dict)  # version -> indices of its rows
+    def __init__(self, owners: Sequence[AdapterChoice | None], active: ActiveColumns, starts: Mapping[str, int]) -> None:
+        """`owners`: each row's adapter and rank; `starts`: each adapter's first column in the bank."""
+        self._owners = owners
+        self._active = active
+        self._starts = starts
+
+    def mask(self, like: Tensor) -> Tensor:
+        """[rows, columns] in the dtype and on the device of `like`."""
+        if self._mask is None:
+            self._mask = self._make_mask(like)
+        return self._mask
+
+    def of(self, version: str) -> Tensor:
+        """Indices of an adapter's rows."""
+        return torch.tensor([row for row, owner in enumerate(self._owners) if owner is not None and owner.version == version])
+
+    @cached_property
+    def blocks(self) -> LoraRows:
+        """The rows that have adapters, by adapter and descending rank, cut into blocks."""
+        order = sorted(
+            (row for row, owner in enumerate(self._owners) if owner is not None),
+            key=lambda row: (self._version(row), -self._choice(row).rank, row),
+        )
+        blocks = [
+            rows[first : first + BLOCK_ROWS]
+            for rows in (list(group) for _, group in groupby(order, self._version))
+            for first in range(0, len(rows), BLOCK_ROWS)
+        ]
+        padded = [[*rows, *[rows[0]] * (BLOCK_ROWS - len(rows))] for rows in blocks]
+        return LoraRows(
+            counts=torch.tensor([len(rows) for rows in blocks]),
+            starts=torch.tensor([self._starts[self._version(rows[0])] for rows in blocks]),
+            ranks=torch.tensor([self._choice(rows[0]).rank for rows in blocks]),
+            rows=torch.tensor(padded),
+            row_ranks=torch.tensor([[self._choice(row).rank for row in rows] for rows in padded]),
+            scales=torch.tensor([[self._choice(row).scale for row in rows] for rows in padded], dtype=torch.float32),
+        )
+
+    _mask: Tensor | None = None
+
+    def _make_mask(self, like: Tensor) -> Tensor:
+        nothing = (0.0, 0.0, 0.0)
+        per_row = torch.tensor(
+            [nothing if each is None else (self._active.offsets[each.version], each.rank, each.scale) for each in self._owners],
+            device=like.device,
+            dtype=torch.float32,
+        )  # [rows, 3]
+        start, rank, scale = per_row.T[:, :, None]
+        column = torch.arange(self._active.count, device=like.device)
+        return torch.where((column >= start) & (column < start + rank), scale, 0.0).to(like.dtype)
+
+    def _choice(self, row: int) -> AdapterChoice:
+        owner = self._owners[row]
+        assert owner is not None
+        return owner
+
+    def _version(self, row: int) -> str:
+        return self._choice(row).version
 
 
 class MixedStep:
@@ -66,38 +124,19 @@ class MixedStep:
         self,
         active: ActiveColumns,
         adapters: Mapping[str, Adapter],
+        starts: Mapping[str, int],
         choices: Sequence[AdapterChoice | None],
         lengths: Sequence[int],
-        sampled: Tensor,
-        dtype: torch.dtype,
+        kept: Tensor,
     ) -> None:
-        """See `LoraBank.step`; `dtype` is that of the model, in which every module multiplies the mask."""
+        """See `LoraBank.step`; `starts` are the adapters' first columns in the bank."""
         self._active = active
         self._targets = frozenset(path for adapter in adapters.values() for path in adapter.modules)
         self._special = {version for version, adapter in adapters.items() if has_special_rows(adapter)}
-        device = sampled.device
-        table = torch.tensor(
-            [
-                (active.offsets[choice.version], choice.rank, choice.scale) if choice is not None else (0.0, 0.0, 0.0)
-                for choice in choices
-            ],
-            dtype=torch.float32,
-        )
-        per_row = table.repeat_interleave(torch.tensor(lengths), dim=0).to(device)  # [rows, 3]
-        start, rank, scale = per_row.T[:, :, None]
-        column = torch.arange(active.count, device=device)
-        inside = (column >= start) & (column < start + rank)
-        mask = torch.where(inside, scale, 0.0).to(dtype)  # [rows, columns]
-        every = _Rows(mask)
-        some = _Rows(mask[sampled])
-        if self._special:
-            owner = [choice.version if choice else "" for choice, n in zip(choices, lengths, strict=True) for _ in range(n)]
-            chosen = [owner[row] for row in sampled.tolist()]
-            for version in self._special:
-                every.rows_of[version] = torch.tensor([i for i, v in enumerate(owner) if v == version], device=device)
-                some.rows_of[version] = torch.tensor([i for i, v in enumerate(chosen) if v == version], device=device)
+        owners = [choice for choice, length in zip(choices, lengths, strict=True) for _ in range(length)]
+        every = _Rows(owners, active, starts)
         # Where both have the same length they are the same rows, so the length tells which of the two a module is given.
-        self._by_length = {len(some.mask): some, len(every.mask): every}
+        self._by_length = {len(kept): _Rows([owners[row] for row in kept.tolist()], active, starts), len(owners): every}
 
     def apply(self, module: AdaptedModule, x: Tensor) -> Tensor:
         """The base's output plus each row's own update."""
@@ -110,13 +149,18 @@ class MixedStep:
         flat_out = out.view(-1, out.shape[-1])  # [rows, out]
         rows = self._by_length[flat_x.shape[0]]
         for version in self._special:  # before the product, which adds to what the replaced parameters give
-            own = rows.rows_of[version]
+            own = rows.of(version)
             if version in module.replaced and len(own):
                 flat_out[own] = module.site.run(flat_x[own], module.replaced[version])
             if version in module.bias_rows and len(own):
                 flat_out[own] += module.bias_rows[version]
-        if targeted:
-            a, b = self._active.factors(module)
-            low = a[flat_x] * module.site.embed_scale if is_embedding else flat_x @ a  # [rows, columns]
-            flat_out.addmm_(low * rows.mask, b)
+        if not targeted:
+            return out
+        if module.site.kernels is not None:
+            if len(rows.blocks.counts):
+                module.site.kernels.add_lora(flat_x, flat_out, module.a, module.b, rows.blocks)
+            return out
+        a, b = self._active.factors(module)
+        low = a[flat_x] * module.site.embed_scale if is_embedding else flat_x @ a  # [rows, columns]
+        flat_out.addmm_(low * rows.mask(low), b)
         return out

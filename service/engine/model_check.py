@@ -10,48 +10,60 @@ from service.errors import ModelRefused
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest accepted norm of the difference over the norm of the reference."""
+_TRIAL_ERRORS = (TypeError, ValueError, RuntimeError, LookupError)
 _LONGEST_WINDOW = 64
 """Sliding windows up to this length are checked by sequences that pass them; longer ones would slow every start."""
 
 
-def check_served_alike(loaded: LoadedModel, runner: Runner, *, block_tokens: int) -> None:
-    """Run two sequences packed, cut into chunks and beside each other, and compare with transformers' own forward pass.
+class Reference:
+    """transformers' own answers, taken before anything of the model is replaced."""
 
-    Writes over the first blocks of the runner's cache, so call it before any request runs.
+    def __init__(self, loaded: LoadedModel) -> None:
+        """Raises ModelRefused if the model's own forward pass fails."""
+        window = getattr(loaded.model.config.get_text_config(), "sliding_window", None) or 0
+        length = min(9 + (window if window <= _LONGEST_WINDOW else 0), loaded.max_context_tokens)
+        generator = torch.Generator().manual_seed(7)
+        vocabulary = loaded.facts.vocab_size
+        lengths = (length, max(2, length - 3))
+        self._sequences = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
+        try:
+            self._logits = torch.stack([_reference(loaded, ids) for ids in self._sequences])  # [2, vocabulary]
+        except _TRIAL_ERRORS as error:
+            raise ModelRefused(loaded.name, [f"a trial of packed rows failed: {error}"]) from error
+        finally:
+            loaded.model.set_attn_implementation(ATTENTION)
 
-    Raises:
-        ModelRefused: the logits differ by more than rounding explains.
-    """
-    window = getattr(loaded.model.config.get_text_config(), "sliding_window", None) or 0
-    length = min(9 + (window if window <= _LONGEST_WINDOW else 0), loaded.max_context_tokens)
-    generator = torch.Generator().manual_seed(7)
-    vocabulary = loaded.facts.vocab_size
-    first, second = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (length, max(2, length - 3)))
-    blocks = -(-length // block_tokens)
-    held = [tuple(range(blocks)), tuple(range(blocks, 2 * blocks))]
-    half = length // 2
-    try:
-        references = torch.stack([_reference(loaded, ids) for ids in (first, second)])
-        # The first half of one sequence; then its rest but one token beside the whole of the other; then the last token.
-        runner.logits(_rows([(first[:half], Span(0, half, held[0]))], runner), None)
-        chunk = (first[half:-1], Span(half, length - 1 - half, held[0]))
-        packed_second = runner.logits(_rows([chunk, (second, Span(0, len(second), held[1]))], runner), None)[1]
-        packed_first = runner.logits(_rows([(first[-1:], Span(length - 1, 1, held[0]))], runner), None)[0]
-    except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        raise ModelRefused(loaded.name, [f"a trial of packed rows failed: {error}"]) from error
-    finally:
-        loaded.model.set_attn_implementation(ATTENTION)
-    packed = torch.stack([packed_first, packed_second])
-    difference = ((packed - references).norm(dim=-1) / references.norm(dim=-1)).max().item()
-    if not difference <= _TOLERANCE[loaded.model.dtype]:
-        raise ModelRefused(
-            loaded.name,
-            [
-                f"{type(loaded.model).__name__} gives other logits when rows of several requests are packed"
-                f" (relative difference {difference:.2g}): it mixes tokens outside its attention, or its attention needs"
-                " more than transformers' AttentionInterface passes on"
-            ],
-        )
+    def check(self, loaded: LoadedModel, runner: Runner, *, block_tokens: int) -> None:
+        """Run the same sequences packed, cut into chunks and beside each other, and compare.
+
+        Writes over the first blocks of the runner's cache, so call it before any request runs.
+
+        Raises:
+            ModelRefused: the logits differ by more than rounding explains.
+        """
+        first, second = self._sequences
+        blocks = -(-len(first) // block_tokens)
+        held = [tuple(range(blocks)), tuple(range(blocks, 2 * blocks))]
+        half = len(first) // 2
+        try:
+            # The first half of one sequence; then its rest but one token beside the whole of the other; then the last token.
+            runner.logits(_rows([(first[:half], Span(0, half, held[0]))], runner), None)
+            chunk = (first[half:-1], Span(half, len(first) - 1 - half, held[0]))
+            packed_second = runner.logits(_rows([chunk, (second, Span(0, len(second), held[1]))], runner), None)[1]
+            packed_first = runner.logits(_rows([(first[-1:], Span(len(first) - 1, 1, held[0]))], runner), None)[0]
+        except _TRIAL_ERRORS as error:
+            raise ModelRefused(loaded.name, [f"a trial of packed rows failed: {error}"]) from error
+        packed = torch.stack([packed_first, packed_second])
+        difference = ((packed - self._logits).norm(dim=-1) / self._logits.norm(dim=-1)).max().item()
+        if not difference <= _TOLERANCE[loaded.model.dtype]:
+            raise ModelRefused(
+                loaded.name,
+                [
+                    f"{type(loaded.model).__name__} gives other logits when rows of several requests are packed"
+                    f" (relative difference {difference:.2g}): it mixes tokens outside its attention, or its attention needs"
+                    " more than transformers' AttentionInterface passes on"
+                ],
+            )
 
 
 def _reference(loaded: LoadedModel, ids: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from service.engine.adapted import LoraStep, lora_step
 from service.engine.kv_cache import KVCache, Span, attention_step
 from service.engine.model import LoadedModel
+from service.engine.native.kernels import Kernels
 from service.engine.sampling import Chosen, Sampler, most_probable
 from service.engine.scheduler import Batch, Chunk, Sequence
 
@@ -21,6 +22,20 @@ class Rows:
     sampled: Tensor  # [sampled], ascending indices of the rows whose next token is chosen
     spans: tuple[Span, ...]
     scored: tuple["Scored", ...] = ()
+
+    @property
+    def kept(self) -> Tensor:
+        """Ascending indices of the rows whose logits are computed: those sampled and those scored."""
+        return self.sampled if not self.scored else self._wanted.sort().values
+
+    def wanted(self, logits: Tensor) -> Tensor:
+        """The logits of the sampled rows and then of the scored ones, from those of the rows kept."""
+        return logits if not self.scored else logits[torch.searchsorted(self.kept, self._wanted)]
+
+    @property
+    def _wanted(self) -> Tensor:
+        scored = torch.tensor([row for each in self.scored for row in each.rows], device=self.sampled.device)
+        return torch.cat([self.sampled, scored])
 
 
 @dataclass(frozen=True)
@@ -68,10 +83,10 @@ def pack(batch: Batch, device: torch.device) -> Rows:
 class Runner:
     """Runs the model over packed rows."""
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
+    def __init__(self, loaded: LoadedModel, cache: KVCache, kernels: Kernels | None = None) -> None:
         self._model = loaded.model
         self._cache = cache
-        self._sampler = Sampler(loaded.eos_ids)
+        self._sampler = Sampler(loaded.eos_ids, kernels)
         self.device = loaded.model.device
 
     def logits(self, rows: Rows, step: LoraStep | None) -> Tensor:
@@ -79,19 +94,15 @@ class Runner:
 
         Writes the rows' keys and values to the cache.
         """
-        kept = rows.sampled
-        if rows.scored:
-            scored = [row for each in rows.scored for row in each.rows]
-            kept = torch.cat([kept, torch.tensor(scored, device=self.device)])
         with torch.inference_mode(), attention_step(self._cache.plan(rows.spans)), lora_step(step):
             output = self._model(
                 input_ids=rows.input_ids,
                 position_ids=rows.position_ids,
                 use_cache=False,
-                logits_to_keep=kept,
+                logits_to_keep=rows.kept,
             )
         logits: Tensor = output.logits[0]
-        return logits
+        return rows.wanted(logits)
 
     def run(self, batch: Batch, rows: Rows, step: LoraStep | None) -> list[Chosen]:
         """Run a step and choose the next token of every chunk that samples, in the batch's order."""

@@ -1,12 +1,14 @@
 """The modules of a base model that an adapter can change, behind one shape convention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from service.engine.native.kernels import Kernels, can_pack, pack
 
 
 class SiteKind(Enum):
@@ -21,11 +23,17 @@ class SiteKind(Enum):
 
 @dataclass(frozen=True)
 class Site:
-    """One module of the base model and how to compute it with other parameters."""
+    """One module of the base model and how to compute it with other parameters.
+
+    Attributes:
+        kernels: what computes it, if its weight is packed. Every weight that is to run in the place of its own then has to be
+            packed as well, see `prepared`.
+    """
 
     path: str
     module: nn.Module
     kind: SiteKind
+    kernels: Kernels | None = None
 
     @property
     def is_transposed(self) -> bool:
@@ -54,12 +62,32 @@ class Site:
 
     def run(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The module's output with `parameters` in the place of its own of the same names."""
+        if self.kernels is not None:
+            weight, bias = self.weight, getattr(self.module, "bias", None)
+            if parameters:
+                weight, bias = parameters.get("weight", weight), parameters.get("bias", bias)
+            return self.kernels.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
         if type(self.module) is nn.Linear:  # the hot path of merged steps; the general way below costs 20 us a call
             own = self.module
             return nn.functional.linear(x, parameters.get("weight", own.weight), parameters.get("bias", own.bias))
         result = torch.func.functional_call(self.module, dict(parameters), (x,))
         assert isinstance(result, Tensor)
         return result
+
+    def packed(self, kernels: Kernels) -> "Site | None":
+        """This site with its weight packed, in the place of the one it had; None if the kernels can't compute it.
+
+        The module itself can't run afterwards: whoever calls it must call `run`.
+        """
+        if type(self.module) is not nn.Linear or not can_pack(self.module.weight.data):
+            return None
+        # A parameter of its own: the embedding that may be tied to it stays as it is.
+        self.module.weight = nn.Parameter(pack(self.module.weight.data), requires_grad=False)
+        return replace(self, kernels=kernels)
+
+    def prepared(self, name: str, value: Tensor) -> Tensor:
+        """A parameter in the form that `run` takes."""
+        return pack(value.contiguous()) if self.kernels is not None and name == "weight" else value
 
     def delta(self, update: Tensor) -> Tensor:
         """`update` [out, in] in the layout of this module's weight."""

@@ -1,0 +1,79 @@
+"""The kernels against torch's own operations, and a row's numbers against those it has alone."""
+
+import pytest
+import torch
+
+from service.engine.native.kernels import BLOCK_ROWS, PANEL, Kernels, LoraRows, kernels, pack, unpack
+
+found = kernels()
+pytestmark = pytest.mark.skipif(found is None, reason="there is no C compiler")
+
+
+@pytest.fixture
+def native() -> Kernels:
+    assert found is not None
+    return found
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 40])
+@pytest.mark.parametrize(("out_features", "in_features"), [(16, 8), (48, 300), (32, 5)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_is_torchs_and_a_row_is_the_same_alone(
+    native: Kernels, rows: int, out_features: int, in_features: int, has_bias: bool
+) -> None:
+    x, weight = noise(rows, in_features), noise(out_features, in_features, seed=1)
+    bias = noise(out_features, seed=2) if has_bias else None
+    assert torch.equal(unpack(pack(weight)), weight)
+    got = native.linear(x, pack(weight), bias)
+    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+    for row in range(rows):
+        assert torch.equal(native.linear(x[row : row + 1], pack(weight), bias)[0], got[row])
+
+
+def test_each_row_gets_its_own_adapter_rank_and_scale(native: Kernels) -> None:
+    in_features, out_features, columns = 37, 48, 11
+    x, a, b = noise(6, in_features), noise(columns, in_features, seed=1), noise(columns, out_features, seed=2)
+    before = noise(6, out_features, seed=3)
+    # One adapter in columns 0 to 6 with rows 4, 0, 2 at ranks 7, 3, 1; another in columns 7 to 10 with row 5 at rank 4.
+    blocks = LoraRows(
+        counts=torch.tensor([3, 1]),
+        starts=torch.tensor([0, 7]),
+        ranks=torch.tensor([7, 4]),
+        rows=torch.tensor([[4, 0, 2, 0], [5, 0, 0, 0]]),
+        row_ranks=torch.tensor([[7, 3, 1, 0], [4, 0, 0, 0]]),
+        scales=torch.tensor([[0.5, 2.0, 1.0, 0.0], [3.0, 0.0, 0.0, 0.0]]),
+    )
+    assert blocks.rows.shape[1] == BLOCK_ROWS
+    expected = before.clone()
+    for row, start, rank, scale in [(4, 0, 7, 0.5), (0, 0, 3, 2.0), (2, 0, 1, 1.0), (5, 7, 4, 3.0)]:
+        own = slice(start, start + rank)
+        expected[row] += scale * (x[row] @ a[own].T) @ b[own]
+    panels = b.view(columns, out_features // PANEL, PANEL).transpose(0, 1).contiguous()
+    native.add_lora(x, before, a, panels, blocks)
+    torch.testing.assert_close(before, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_merging_keeps_the_panels(native: Kernels) -> None:
+    weight, a, b = noise(48, 20), noise(3, 20, seed=1), noise(48, 5, seed=2)
+    merged = torch.empty(48, 20)
+    for panels in (range(0, 2), range(2, 3)):
+        native.merge(pack(weight), a, b[:, :3], 0.5, merged, panels)
+    torch.testing.assert_close(unpack(merged), weight + 0.5 * b[:, :3] @ a)
+
+
+def test_the_most_probable_token_is_the_first_of_equals(native: Kernels) -> None:
+    logits = noise(5, 103)
+    logits[1, [7, 90]] = 9.0
+    logits[2] = -torch.inf
+    logits[2, 50] = 1.0
+    logits[3, 4] = torch.nan
+    ids, normalisers = native.argmax(logits)
+    whole = [0, 1, 2, 4]
+    assert ids[whole].tolist() == logits[whole].argmax(-1).tolist()
+    torch.testing.assert_close(normalisers[whole], logits[whole].logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert 0 <= ids[3] < 103
+    assert normalisers[3].isnan()
