@@ -12,8 +12,8 @@ FROM ${BASE_IMAGE} AS build
 ARG DEVICE=cpu
 # Where all packages come from, if not from PyPI. It stays in the image's history: credentials belong in the secret.
 ARG PIP_INDEX_URL
-# Where torch's CPU build comes from; empty where the index above, or the secret, has it.
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Torch's CPU build comes from there too if that has it, else from where uv knows that it is.
+ARG UV=uv==0.13.9
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_CONSTRAINT=/src/constraints.txt
 SHELL ["/bin/sh", "-euc"]
 WORKDIR /src
@@ -26,7 +26,10 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m venv /opt/dylora; \
     torch=$(grep '^torch==' constraints.txt); \
     case "$DEVICE" in \
-        cpu) /opt/dylora/bin/pip install --no-deps ${TORCH_INDEX_URL:+--index-url="$TORCH_INDEX_URL"} "$torch+cpu" ;; \
+        cpu) /opt/dylora/bin/pip install --no-deps "$torch+cpu" || { \
+            python3 -m venv /tmp/uv; /tmp/uv/bin/pip install "$UV"; \
+            /tmp/uv/bin/uv pip install --no-cache --python /opt/dylora/bin/python --torch-backend=cpu --no-deps "$torch"; \
+            rm -rf /tmp/uv; } ;; \
         cuda) /opt/dylora/bin/pip install "$torch,!=${torch#torch==}+cpu" ;; \
         *) echo "DEVICE: '$DEVICE' is not legal: cpu or cuda" >&2; exit 1 ;; \
     esac; \
@@ -46,7 +49,8 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
-# true adds the C and C++ compilers that compiled steps need; without them steps run uncompiled, slower.
+# true adds the compilers with which the kernels for this processor are built, and torch.compile works: steps on a CPU are
+# faster by far. Without them torch's own products run.
 ARG COMPILER=false
 SHELL ["/bin/sh", "-euc"]
 # The base image's release pins the versions, and updates of it are wanted.

@@ -2,10 +2,8 @@
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,8 +60,7 @@ def base_image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def server_image(podman: Podman, base_image: str) -> str:
     """The Dockerfile's image."""
-    found_by_pip = {"TORCH_INDEX_URL": ""} if _pip_finds_torch_for_cpu() else {}
-    podman.build(ROOT, SERVER, {"BASE_IMAGE": base_image, **found_by_pip})
+    podman.build(ROOT, SERVER, {"BASE_IMAGE": base_image})
     return SERVER
 
 
@@ -76,10 +73,3 @@ def prometheus_image(podman: Podman, base_image: str, tmp_path_factory: pytest.T
     (context / "Dockerfile").write_text(_PROMETHEUS_FILE)
     podman.build(context, PROMETHEUS)
     return PROMETHEUS
-
-
-def _pip_finds_torch_for_cpu() -> bool:
-    pin = re.search(r"^torch==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert pin is not None
-    command = (sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", f"{pin[0]}+cpu")
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
