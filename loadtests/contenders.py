@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -83,10 +83,10 @@ class Worker(Contender):
         self._process.stdin.close()
         self._process.wait(60)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, object] | dict[str, list[str]]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):  # libraries print what they like
-                found: dict[str, Any] = json.loads(line)
+                found: dict[str, object] = json.loads(line)
                 return found
         raise RuntimeError(f"{self.name} ended with {self._process.wait()}")

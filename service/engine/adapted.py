@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from adapters.adapter import Adapter, LowRank
 from service.engine.native.kernels import PANEL
-from service.engine.operators import define_operator
 from service.engine.sites import Site
 
 _step: ContextVar["LoraStep | None"] = ContextVar("lora_step", default=None)
@@ -109,7 +108,7 @@ class AdaptedModule(nn.Module):
         if factors is not None:
             b = factors.b.T  # [rank, out]
             self.a[columns][: factors.rank] = factors.a
-            own_b[: factors.rank] = b if self.site.kernels is None else b.reshape(len(b), -1, PANEL)
+            own_b[: factors.rank] = b if self.site.kernels is None else b.unflatten(1, (-1, PANEL))
 
     def _rows_of(self, b: Tensor, columns: slice) -> Tensor:
         """A view on some columns of B that has them first, whichever form B has."""
@@ -125,11 +124,10 @@ def _run_module(x: Tensor, number: Tensor, out_features: int) -> Tensor:
     return _modules[int(number)].compute(x)
 
 
-define_operator(
-    "module(Tensor x, Tensor number, int out_features) -> Tensor",
-    _run_module,
-    lambda x, number, out_features: x.new_empty(*x.shape[:-1], out_features),
-)
+_operators = torch.library.Library("dylora", "FRAGMENT")
+_operators.define("module(Tensor x, Tensor number, int out_features) -> Tensor")
+_operators.impl("module", _run_module, "CompositeExplicitAutograd")
+torch.library.register_fake("dylora::module", lambda x, number, out_features: x.new_empty(*x.shape[:-1], out_features))
 
 
 def has_special_rows(adapter: Adapter) -> bool:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from service.engine.native.kernels import LANES, Kernels
-from service.engine.operators import define_operator
 
 ATTENTION = "dylora_packed"
 """The name under which our attention is registered with transformers."""
@@ -123,9 +122,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, number: Tensor, scale: fl
     return _step.get().attend(_layers[int(number)], call).unsqueeze(0)
 
 
-define_operator(
-    "attend(Tensor query, Tensor key, Tensor value, Tensor number, float scale, int window, float softcap) -> Tensor",
-    _attend,
+_operators = torch.library.Library("dylora", "FRAGMENT")
+_operators.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor number, float scale, int window, float softcap) -> Tensor"
+)
+_operators.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "dylora::attend",
     lambda query, key, value, *_: query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]),
 )
 

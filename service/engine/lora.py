@@ -54,11 +54,7 @@ class LoraBank:
         self._active: ActiveColumns | None = None
         self.nbytes = 0
         """Bytes of all columns, used or not."""
-        if kernels is not None:
-            self._pack(kernels)
-
-    def _pack(self, kernels: Kernels) -> None:
-        for path in self._originals:
+        for path in self._originals if kernels is not None else ():
             packed = self.site(path).packed(kernels)
             if packed is not None:
                 self._packed[path] = packed
