@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -66,7 +66,7 @@ class Worker(Contender):
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.modes: Sequence[str] = self._read()["modes"]
+        self.modes = list(self._read()["modes"])
 
     def run(self, mode: str, batch: int) -> float:
         """Generate for `batch` prompts at once; seconds."""
@@ -83,10 +83,10 @@ class Worker(Contender):
         self._process.stdin.close()
         self._process.wait(60)
 
-    def _read(self) -> dict[str, object] | dict[str, list[str]]:
+    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):  # libraries print what they like
-                found: dict[str, object] = json.loads(line)
+                found: dict[str, Any] = json.loads(line)
                 return found
         raise RuntimeError(f"{self.name} ended with {self._process.wait()}")

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("choice", "service", "latency_model load forecast margins latency_policy quality_curve rank_policy"),
     ("bookkeeping", "service.engine", "prefix_hash blocks fair_queue scheduler step_costs"),
     ("kernels", "service.engine.native", "build kernels"),
-    ("tensors", "service.engine", "kv_cache sites adapted mixed lora merged merge_worker model compiled"),
+    ("tensors", "service.engine", "operators attention kv_cache sites adapted mixed lora merged merge_worker model compiled"),
     ("tokens", "service.engine", "filters random_numbers token_counts sampling vocabulary prompts stops text"),
     ("runner", "service.engine", "ticket runner model_check planner"),
     ("engine", "service.engine", "engine fake_engine"),

@@ -1,5 +1,7 @@
 """Compiled blocks: the tokens that they give without, and few graphs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,8 +31,8 @@ def test_compiled_steps_give_the_tokens_of_plain_ones_with_few_graphs(kind: str)
     before = graphs()
     reports = Reports()
     # Prompts in chunks, sequences that are preempted, and every mode.
-    tight = {"max_running": 8, "max_batch_tokens": 9, "kv_block_tokens": 4, "kv_cache_bytes": 12 * 4 * 256}
-    options = EngineOptions(compile=Compile.ON, merge_after_steps=0, **tight)
+    tight = EngineOptions(max_running=8, max_batch_tokens=9, kv_block_tokens=4, kv_cache_bytes=12 * 4 * 256)
+    options = replace(tight, compile=Compile.ON, merge_after_steps=0)
     with running_engine(tiny_model(kind), adapters, options, reports) as engine:
         compiled = graphs() - before
         assert [client.tokens for client in generate_merged(engine, reports, requests)] == plain

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.engine.kv_cache import AttentionCall, KVCache, LayerShape, Span
+from service.engine.attention import AttentionCall
+from service.engine.kv_cache import KVCache, LayerShape, Span
 from service.engine.native.kernels import kernels
 
 HEADS, KV_HEADS, DIM = 4, 2, 8

@@ -1,7 +1,5 @@
 """The base model's modules as adapters see them: each asks the running step how to compute it."""
 
-import itertools
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from adapters.adapter import Adapter, LowRank
 from service.engine.native.kernels import PANEL
+from service.engine.operators import define_operator, module_of, number_of
 from service.engine.sites import Site
 
 _step: ContextVar["LoraStep | None"] = ContextVar("lora_step", default=None)
@@ -53,8 +52,7 @@ class AdaptedModule(nn.Module):
         self.bias_rows: dict[str, Tensor] = {}
         self.replaced: dict[str, dict[str, Tensor]] = {}
         self._out_features = site.out_features
-        self._number = torch.tensor(next(_numbers))  # a tensor, since a graph is made anew for another integer
-        _modules[int(self._number)] = self
+        self._number = number_of(self)
 
     def __getattr__(self, name: str) -> Any:
         # Models look at their modules' attributes (`self.fc1.weight.dtype`); answer for the module that stood here.
@@ -66,8 +64,7 @@ class AdaptedModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The base module's output with the step's adapters applied."""
         if torch.compiler.is_compiling():
-            out: Tensor = torch.ops.dylora.module(x, self._number, self._out_features)
-            return out
+            return _module_operator(x, self._number, self._out_features)
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -108,26 +105,25 @@ class AdaptedModule(nn.Module):
         if factors is not None:
             b = factors.b.T  # [rank, out]
             self.a[columns][: factors.rank] = factors.a
-            own_b[: factors.rank] = b if self.site.kernels is None else b.unflatten(1, (-1, PANEL))
+            own_b[: factors.rank] = b if self.site.kernels is None else b.reshape(len(b), -1, PANEL)
 
     def _rows_of(self, b: Tensor, columns: slice) -> Tensor:
         """A view on some columns of B that has them first, whichever form B has."""
         return b[columns] if self.site.kernels is None else b[:, columns].transpose(0, 1)
 
 
-_numbers = itertools.count()
-_modules: "weakref.WeakValueDictionary[int, AdaptedModule]" = weakref.WeakValueDictionary()
-
-
 def _run_module(x: Tensor, number: Tensor, out_features: int) -> Tensor:
-    """The operator that stands for a module in compiled graphs: what a step decides is not the compiler's business."""
-    return _modules[int(number)].compute(x)
+    module = module_of(number)
+    assert isinstance(module, AdaptedModule)
+    return module.compute(x)
 
 
-_operators = torch.library.Library("dylora", "FRAGMENT")
-_operators.define("module(Tensor x, Tensor number, int out_features) -> Tensor")
-_operators.impl("module", _run_module, "CompositeExplicitAutograd")
-torch.library.register_fake("dylora::module", lambda x, number, out_features: x.new_empty(*x.shape[:-1], out_features))
+_module_operator = define_operator(
+    "module",
+    "(Tensor x, Tensor number, int out_features) -> Tensor",
+    _run_module,
+    lambda x, number, out_features: x.new_empty(*x.shape[:-1], out_features),
+)
 
 
 def has_special_rows(adapter: Adapter) -> bool:

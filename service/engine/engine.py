@@ -24,9 +24,10 @@ from service.core import (
     GenerationRequest,
     ModelFacts,
 )
+from service.engine.attention import number_layers
 from service.engine.blocks import BlockPool
 from service.engine.compiled import CompiledBlocks, blocks_of, wants_compilation
-from service.engine.kv_cache import KVCache, number_layers
+from service.engine.kv_cache import KVCache
 from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel
 from service.engine.model_check import Reference

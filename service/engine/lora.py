@@ -54,11 +54,8 @@ class LoraBank:
         self._active: ActiveColumns | None = None
         self.nbytes = 0
         """Bytes of all columns, used or not."""
-        for path in self._originals if kernels is not None else ():
-            packed = self.site(path).packed(kernels)
-            if packed is not None:
-                self._packed[path] = packed
-                self.adapt(path)
+        if kernels is not None:
+            self._pack(kernels)
 
     @property
     def resident(self) -> int:
@@ -162,6 +159,13 @@ class LoraBank:
                 is_resized = value.ndim == 2 and value.shape[1:] == parameter.shape[1:]
                 hint = " (is its vocabulary resized? then the base must be, too)" if is_resized else ""
                 yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
+
+    def _pack(self, kernels: Kernels) -> None:
+        for path in self._originals:
+            packed = self.site(path).packed(kernels)
+            if packed is not None:
+                self._packed[path] = packed
+                self.adapt(path)
 
     def _place(self, version: str, adapter: Adapter) -> _Resident:
         resident = _Resident(version, adapter, self._find_room(adapter.config.r_max))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from service.core import ModelFacts
-from service.engine.kv_cache import ATTENTION, AttentionCall, LayerShape, UnsupportedAttention, attention_step
+from service.engine.attention import ATTENTION, AttentionCall, UnsupportedAttention, attention_step
+from service.engine.kv_cache import LayerShape
 from service.errors import ModelRefused
 
 _DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})

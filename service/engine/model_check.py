@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from service.engine.kv_cache import ATTENTION, Span
+from service.engine.attention import ATTENTION
+from service.engine.kv_cache import Span
 from service.engine.model import LoadedModel
 from service.engine.runner import Rows, Runner
 from service.errors import ModelRefused

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from service.engine.adapted import LoraStep, lora_step
-from service.engine.kv_cache import KVCache, Span, attention_step
+from service.engine.attention import attention_step
+from service.engine.kv_cache import KVCache, Span
 from service.engine.model import LoadedModel
 from service.engine.native.kernels import Kernels
 from service.engine.sampling import Chosen, Sampler, most_probable
