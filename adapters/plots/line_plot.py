@@ -16,10 +16,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from adapters.errors import AdapterError
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
 """Okabe and Ito's colours, which people with any of the common colour blindnesses can tell apart; without their yellow,
-which is too faint for a line on white."""
-MARKERS = ("o", "s", "^", "D", "v", "P")
+which is too faint for a line on white, and with a grey in its place."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _INK = "#333333"
 _GREY = "#767676"
 
@@ -117,13 +117,16 @@ def panels(
             figure.suptitle(title, fontsize=11, x=0.01, ha="left")
         if caption:
             figure.supxlabel(caption, fontsize=7.5, color=_GREY, x=0.01, ha="left")
+        explained: list[list[str]] = []
         for place, panel in enumerate(content, start=1):
-            draw(figure.add_subplot(rows, columns, place), panel)
+            labels = [each.label for each in panel.series]
+            draw(figure.add_subplot(rows, columns, place), panel, has_legend=labels not in explained)
+            explained.append(labels)  # the same lines again need no second legend
     return figure
 
 
-def draw(axes: Axes, panel: Panel) -> None:
-    """Draw a panel on axes of any figure."""
+def draw(axes: Axes, panel: Panel, *, has_legend: bool = True) -> None:
+    """Draw a panel on axes of any figure; a single line has no legend in any case."""
     for number, each in enumerate(panel.series):
         colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
         axes.plot(each.x, each.y, color=colour, marker=marker, markersize=4, linewidth=1.6, label=each.label, zorder=3)
@@ -138,7 +141,7 @@ def draw(axes: Axes, panel: Panel) -> None:
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
     _set_x_ticks(axes, sorted({x for each in panel.series for x in each.x}), panel.log2_x)
-    if len(panel.series) > 1:
+    if has_legend and len(panel.series) > 1:
         axes.legend(frameon=False, fontsize=8)
 
 
