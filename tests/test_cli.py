@@ -68,7 +68,7 @@ class Process:
 
 @contextmanager
 def process(tmp_path: Path, *arguments: str) -> Iterator[Process]:
-    command = [sys.executable, "-c", PAUSED_SERVER, "--port=0", f"--adapters-dir={tmp_path}", *arguments]
+    command = [sys.executable, "-c", PAUSED_SERVER, "--port=0", "--latency-sweep-s=0", f"--adapters-dir={tmp_path}", *arguments]
     root = Path(__file__).resolve().parent.parent
     env = {key: value for key, value in os.environ.items() if not key.startswith("DYLORA_")}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, env=env) as popen:

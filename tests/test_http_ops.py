@@ -46,7 +46,7 @@ def test_info_has_the_facts_clients_look_for(server: Server) -> None:
     assert (info["model_id"], info["model_dtype"], info["max_total_tokens"]) == ("fake", "float32", 512)
     assert (info["max_input_tokens"], info["max_best_of"], info["max_stop_sequences"]) == (511, 16, 16)
     assert info["model_pipeline_tag"] == "text-generation"
-    assert (info["policies"], info["default_policy"]) == (["budget", "max", "quality"], "quality")
+    assert (info["policies"], info["default_policy"]) == (["budget", "latency", "max", "quality"], "quality")
 
 
 def test_readiness_follows_draining(tmp_path: Path) -> None:
