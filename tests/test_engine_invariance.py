@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from adapters.checkpoint import read_peft
 from adapters.nesting import export_rank, renest
-from service.core import AdapterChoice, GenerationRequest, Mode, SamplingParams
+from service.core import AdapterChoice, Compile, GenerationRequest, Mode, SamplingParams
 from service.engine.engine import EngineOptions
 from tests.engine_harness import Reports, generate, generate_merged, mixed_requests, random_dylora, running_engine
 from tests.tiny_models import TINY_KINDS, random_peft_adapter, tiny_model
@@ -41,7 +41,7 @@ def test_mixed_batch_equals_alone_equals_merged_equals_peft(kind: str, tmp_path:
 
     with running_engine(model, adapters, EngineOptions(max_running=40)) as engine:
         together = [client.tokens for client in generate(engine, requests)]
-    with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=10**9)) as engine:
+    with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=10**9, compile=Compile.OFF)) as engine:
         alone = [generate(engine, [request])[0] for request in requests]
     reports = Reports()
     with running_engine(tiny_model(kind), adapters, EngineOptions(merge_after_steps=0), reports) as engine:

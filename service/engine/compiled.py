@@ -23,6 +23,8 @@ GRAPHS_PER_KIND = 2
 _WORTH_IT_PARAMETERS = 50_000_000
 """Below, eager steps take so few milliseconds that a start without half a minute of compilation is worth more."""
 
+_OPTIONS = {"size_asserts": False}  # checks of every buffer in Python: a millisecond of a step
+
 
 def wants_compilation(setting: Compile, loaded: LoadedModel) -> bool:
     """Whether the blocks are to be compiled."""
@@ -64,7 +66,7 @@ class CompiledBlocks:
         else:
             log.info("compiling %s, whose %d blocks share their graphs", self._name, len(self._blocks))
         for block in self._blocks.values():
-            block.compile(dynamic=True, fullgraph=True)
+            block.compile(dynamic=True, fullgraph=True, options=_OPTIONS)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         if error is None:

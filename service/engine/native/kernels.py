@@ -77,10 +77,11 @@ class Kernels:
             function.argtypes, function.restype = arguments, None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x` [rows, in] times a packed weight; [rows, out]."""
-        rows, (out_features, in_features) = len(x), weight.shape
+        """`x` [..., in] times a packed weight; [..., out]."""
+        out_features, in_features = weight.shape
         x = x.contiguous()
-        out = x.new_empty(rows, out_features)
+        rows = x.numel() // in_features
+        out = x.new_empty(*x.shape[:-1], out_features)
         at_bias = None if bias is None else bias.data_ptr()
         self._library.dylora_linear(
             x.data_ptr(), weight.data_ptr(), at_bias, out.data_ptr(), rows, in_features, out_features, torch.get_num_threads()
