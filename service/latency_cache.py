@@ -28,7 +28,7 @@ def cache_path(settings: Settings, facts: ModelFacts) -> Path:
     identity = {
         "format": [_FORMAT, FEATURES, VERSION],
         "model": [facts.model_type, facts.parameters, facts.nbytes, facts.vocab_size, facts.dtype, facts.device],
-        "engine": settings.model_dump(mode="json", include={"device", "dtype", "threads"}),
+        "engine": settings.model_dump(mode="json", include={"device", "dtype", "threads", "compile"}),
         "machine": [platform.machine(), _processor(), os.cpu_count(), torch.get_num_threads()],
         "device": torch.cuda.get_device_name() if facts.device == "cuda" else None,
         "torch": torch.__version__,
