@@ -119,7 +119,7 @@ def test_keys_are_read_again_and_broken_ones_leave_the_old(
         ("{", "api_keys (DYLORA_API_KEYS): not JSON"),
         (
             json.dumps({"a": {"tokens": {TOKEN_ID: digest_of(TOKEN)}, "scopes": ["generate"], "rank_policy": "best"}}),
-            "api_keys (DYLORA_API_KEYS): a.rank_policy: 'best' is no policy; legal: budget, max, quality",
+            "api_keys (DYLORA_API_KEYS): a.rank_policy: 'best' is no policy; legal: budget, latency, max, quality",
         ),
     ],
     ids=range(2),
