@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from service.core import Usage
 from service.engine.fake_engine import FakeEngine
 from service.http.calibration import MAX_UNFINISHED, METRIC
 from service.http.latencies import WINDOW, Latencies, Percentiles
+from tests.e2e.tiny_server import wait_until
 from tests.http_harness import Server, adapter, files_of, folder_of, in_process
 
 TEXTS = [{"prompt": "ab", "completion": "cd"}, "xyz"]
@@ -121,6 +123,35 @@ def test_deletion_ends_a_calibration_and_leaves_nothing_behind(server: Server) -
     assert engine.wait_until(lambda stats: stats.running == 0)
     assert server.client.get(job.headers["location"]).status_code == 404
     assert server.services.calibrations.get("plain", job.json()["id"]).state == "cancelled"
+
+
+def test_a_calibration_can_be_cancelled(server: Server) -> None:
+    engine = server.engine
+    with engine.paused():
+        job = calibrate(server)
+        assert engine.wait_until(lambda stats: stats.running == 1)
+        told = server.client.delete(job.headers["location"])
+        assert (told.status_code, told.json()["state"]) == (200, "cancelled")
+    assert engine.wait_until(lambda stats: stats.running == 0)
+    assert server.client.get("/adapters/plain").json()["quality"] is None
+    assert server.client.get(job.headers["location"]).json()["state"] == "cancelled"
+    assert server.client.delete("/adapters/plain/calibration/nothing").status_code == 404
+    again = ended(server, calibrate(server))
+    assert again["state"] == "done"
+    over = server.client.delete(f"/adapters/plain/calibration/{again['id']}")
+    assert (over.status_code, over.json()["state"]) == (200, "done")
+
+
+def test_a_result_that_is_being_stored_is_neither_cancelled_nor_brought_back_after_a_deletion(server: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        with server.engine.hold_loads():
+            job = calibrate(server)
+            wait_until(lambda: server.services.calibrations.get("plain", job.json()["id"]).is_being_kept)
+            cancelling = pool.submit(server.client.delete, job.headers["location"])
+            assert server.client.delete("/adapters/plain").status_code == 409
+        assert cancelling.result().json()["state"] == "done"
+    assert server.client.delete("/adapters/plain").status_code == 204
+    assert server.client.get("/adapters/plain").status_code == 404
 
 
 def test_a_replaced_adapter_keeps_its_own_profile(server: Server, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class Job:
         viewer: the name of the API key that asked.
         done: texts measured so far, over all ranks and the base.
         problem: why it failed.
+        is_being_kept: the result is on its way to the store, and it is too late to cancel.
         losses: rank to the mean loss, of the ranks that are complete; 0 is the base.
     """
 
@@ -69,6 +70,7 @@ class Job:
     state: JobState = JobState.WAITING
     done: int = 0
     problem: str | None = None
+    is_being_kept: bool = False
     losses: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -128,7 +130,11 @@ class Calibrations:
             raise UnknownJob(job_id)
         return job
 
-    async def cancel(self, name: str) -> None:
+    async def cancel(self, job: Job) -> None:
+        """End one, unless it is over. One whose result is being kept already ends as done."""
+        await self._end([job])
+
+    async def cancel_all_of(self, name: str) -> None:
         """End what still measures an adapter."""
         await self._end([job for job in self._jobs.values() if job.adapter == name])
 
@@ -137,12 +143,13 @@ class Calibrations:
         await self._end(list(self._jobs.values()))
 
     async def _end(self, jobs: Sequence[Job]) -> None:
-        tasks = [self._tasks[job.id] for job in jobs if job.id in self._tasks]
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        found = [(job, self._tasks[job.id]) for job in jobs if job.id in self._tasks]
+        for job, task in found:
+            # The thread that writes to the store would go on without it, and no longer hold the adapter's name.
+            if not job.is_being_kept:
+                task.cancel()
+        if found:
+            await asyncio.wait([task for _, task in found])
         for job in jobs:
             if not job.is_over:
                 job.state = JobState.CANCELLED
@@ -203,6 +210,7 @@ class Calibrations:
     async def _keep(self, job: Job) -> None:
         """Make the result the adapter's quality profile, unless the adapter was replaced."""
         with self._registry.writing(job.adapter, job.viewer):
+            job.is_being_kept = True
             self._choice(job, job.ranks[0])
             await to_thread.run_sync(self._registry.set_quality, job.adapter, job.profile)
 

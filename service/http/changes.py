@@ -32,4 +32,4 @@ async def delete_adapter(services: Services, name: str, viewer: str) -> None:
     with services.registry.writing(name, viewer):
         await to_thread.run_sync(services.registry.delete, name, viewer)
         services.latencies.forget(name)
-    await services.calibrations.cancel(name)
+    await services.calibrations.cancel_all_of(name)

@@ -167,6 +167,17 @@ async def calibration(
     return _out(services.calibrations.get(name, job))
 
 
+@router.delete("/{name}/calibration/{job}", dependencies=[needs(Scope.ADAPTERS_WRITE)])
+async def cancel_calibration(
+    name: AdapterName, job: Annotated[str, Path(max_length=64)], services: TheServices, caller: TheCaller
+) -> JobOut:
+    """End a calibration, and how it ended: one that was over before stays as it was. The quality profile is left as it is."""
+    services.registry.get(name, caller.name)
+    found = services.calibrations.get(name, job)
+    await services.calibrations.cancel(found)
+    return _out(found)
+
+
 def _ranks(asked: Sequence[int] | None, legal: Sequence[int]) -> list[int]:
     if asked is not None:
         return sorted(set(asked))
