@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("of TGI and LoRAX", "service.http", "generate_task answers"),
     ("of OpenAI", "service.http.openai", "schemas answer_schemas tasks heading logprobs answers streams models"),
     ("asgi", "service.http", "validation_text refusals auth middleware request_log request_spans disconnect connection"),
-    ("routes", "service.http", "routes_common routes_answering routes_adapters routes_quality routes_ops"),
+    ("routes", "service.http", "routes_common routes_answering routes_adapters routes_quality routes_ops routes_pages"),
     ("generating routes", "service.http", "routes_generate routes_openai routes_vllm"),
     ("app", "service.http", "app server"),
     ("commands", "service", "demo launch keys_command cli cluster"),

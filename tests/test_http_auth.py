@@ -27,9 +27,9 @@ NARROW = make_key("narrow", default_adapter="demo", rank_floor=2, rank_ceiling=3
 POLICED = make_key("policed", default_adapter="demo", rank_policy="max")
 TWO_A_MINUTE = make_key("two-a-minute", requests_per_minute=2)
 
-OPEN_ROUTES = {"/health", "/ready", "/"}
+OPEN_ROUTES = {"/health", "/ready", "/", "/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js"}
 """Answered to GET and HEAD without a key."""
-ANY_KEY_ROUTES = {"/info", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
+ANY_KEY_ROUTES = {"/info", "/openapi.json"}
 """Facts of the server that any key may see."""
 
 

@@ -17,7 +17,7 @@ from service import latency_start
 from service.core import EngineProtocol
 from service.errors import ServiceError
 from service.forecast import EngineSizes
-from service.http import routes_adapters, routes_generate, routes_openai, routes_ops, routes_quality, routes_vllm
+from service.http import routes_adapters, routes_generate, routes_openai, routes_ops, routes_pages, routes_quality, routes_vllm
 from service.http.auth import Authentication
 from service.http.auto_rank import AutoRank
 from service.http.calibration import Calibrations
@@ -74,10 +74,11 @@ def create_app(
         version=VERSION,
         summary="LLM inference where the LoRA rank is a run-time choice.",
         lifespan=_lifespan,
+        docs_url=None,  # both would load scripts from elsewhere: routes_pages has a page of ours
         redoc_url=None,
     )
     app.state.services = services
-    for routes in (routes_generate, routes_openai, routes_vllm, routes_adapters, routes_quality, routes_ops):
+    for routes in (routes_generate, routes_openai, routes_vllm, routes_adapters, routes_quality, routes_ops, routes_pages):
         app.include_router(routes.router)
     app.add_exception_handler(ServiceError, _on_error)
     app.add_exception_handler(AdapterError, _on_error)

@@ -14,8 +14,8 @@ from service.http.tenants import Tenants
 from service.keys import NOBODY, ApiKey
 
 PROBE_PATHS = ("/health", "/ready")
-OPEN_PATHS = (*PROBE_PATHS, "/")
-"""Answered to GET and HEAD without a key. "/" is the playground's page, which holds nothing of this server."""
+OPEN_PATHS = (*PROBE_PATHS, "/", "/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js")
+"""Answered to GET and HEAD without a key. The pages hold nothing of this server; they ask for a key and fetch the rest."""
 
 
 class Authentication:

@@ -1,13 +1,7 @@
-"""What operators and newcomers look at: the playground, liveness, readiness, facts, metrics."""
-
-import base64
-import hashlib
-import re
-from functools import lru_cache
-from importlib import resources
+"""What operators look at: liveness, readiness, facts, metrics."""
 
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,14 +38,6 @@ class Info(BaseModel):
     default_policy: str
     router: str = "dylora-serve"
     version: str
-
-
-@router.get("/", response_class=HTMLResponse)
-async def playground() -> HTMLResponse:
-    """A page to try ranks on."""
-    html, policy = _page()
-    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-    return HTMLResponse(html, headers=headers)
 
 
 @router.get("/health")
@@ -101,19 +87,3 @@ async def info(services: TheServices) -> Info:
 def metrics(services: TheServices) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
-
-
-@lru_cache(maxsize=1)
-def _page() -> tuple[str, str]:
-    """The page, and a policy that lets run its own script and style and nothing else."""
-    html = resources.files("service.http").joinpath("web/index.html").read_text(encoding="utf-8")
-    sources = {}
-    for tag in ("script", "style"):
-        match = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digest = hashlib.sha256((match[1] if match else "").encode()).digest()
-        sources[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
-    policy = (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy
