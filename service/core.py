@@ -126,12 +126,15 @@ class GenerationRequest:
         request_id: unique among the requests in flight.
         prompt_ids: at least one token; with max_new_tokens within the model's context.
         adapter: None for the base model alone.
+        group: what it has in common with the other sequences of one client's request; they share the keys and values of a
+            common prompt also where `prefix_cache` is off, since that tells nobody anything.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: AdapterChoice | None = None
+    group: str | None = None
 
 
 class Alternative(NamedTuple):

@@ -12,9 +12,11 @@ from service.engine.scheduler import Batch, Chunk, Scheduler, Sequence
 CHOICES = (None, AdapterChoice("a", 1, 1.0), AdapterChoice("a", 2, 1.0), AdapterChoice("b", 1, 1.0))
 
 
-def sequence(prompt: int | tuple[int, ...], new: int, choice: AdapterChoice | None = None) -> Sequence:
+def sequence(
+    prompt: int | tuple[int, ...], new: int, choice: AdapterChoice | None = None, group: str | None = None
+) -> Sequence:
     tokens = tuple(range(prompt)) if isinstance(prompt, int) else prompt
-    return Sequence(GenerationRequest("r", tokens, SamplingParams(max_new_tokens=new), choice))
+    return Sequence(GenerationRequest("r", tokens, SamplingParams(max_new_tokens=new), choice, group))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -47,10 +49,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.slots: dict[tuple[int, int], int] = {}  # (block, place in it) to what the keys and values depend on
 
     # Few tokens, so that many prompts begin alike.
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), new=st.integers(1, 8), choice=st.sampled_from(CHOICES))
-    def arrive(self, prompt: list[int], new: int, choice: AdapterChoice | None) -> None:
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        new=st.integers(1, 8),
+        choice=st.sampled_from(CHOICES),
+        group=st.sampled_from([None, "g", "h"]),
+    )
+    def arrive(self, prompt: list[int], new: int, choice: AdapterChoice | None, group: str | None) -> None:
         if len(prompt) + new <= self.pool.capacity_tokens:  # the engine refuses what can never fit
-            self.live.append(sequence(tuple(prompt), new, choice))
+            self.live.append(sequence(tuple(prompt), new, choice, group))
             self.scheduler.add(self.live[-1])
 
     @precondition(lambda self: self.live)
@@ -183,6 +190,32 @@ def test_the_same_prompt_again_runs_only_what_is_not_in_full_blocks() -> None:
     assert chunks == {first: (12, 1), same: (8, 4), longer: (12, 6), other: (0, 12)}
     assert (scheduler.prefix_stats.hits, scheduler.prefix_stats.misses, scheduler.prefix_stats.reused_tokens) == (2, 2, 20)
     scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(("prefix_cache", "group", "is_shared"), [(True, None, True), (False, "g", True), (False, None, False)])
+def test_sequences_of_one_prompt_share_its_prefill_though_they_come_at_once(
+    prefix_cache: bool, group: str | None, is_shared: bool
+) -> None:
+    scheduler = Scheduler(BlockPool(100, 4), max_running=8, max_batch_tokens=24, prefix_cache=prefix_cache)
+    four = [sequence(42, 5, None, group) for _ in range(4)]
+    for each in four:
+        scheduler.add(each)
+    prompt_tokens = 0
+    while any(each.generated == 0 for each in four):
+        prompt_tokens += sum(chunk.length for chunk in run_step(scheduler).chunks if not chunk.is_decode)
+        scheduler.check_integrity()
+    assert prompt_tokens == (42 + 3 * 2 if is_shared else 4 * 42)
+
+
+def test_whose_prefill_others_wait_for_may_be_aborted() -> None:
+    scheduler = Scheduler(BlockPool(100, 4), max_running=8, max_batch_tokens=24)
+    first, second = sequence(42, 5), sequence(42, 5)
+    scheduler.add(first)
+    scheduler.add(second)
+    run_step(scheduler)
+    scheduler.finish(first)
+    chunks = run_step(scheduler).chunks
+    assert [(chunk.sequence, chunk.start, chunk.end) for chunk in chunks] == [(second, 24, 42)]
 
 
 def test_one_adapters_flood_delays_another_by_one_prompt() -> None:

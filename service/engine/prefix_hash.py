@@ -23,10 +23,22 @@ class PrefixHash:
         self._block_tokens = block_tokens
         self._key = secrets.token_bytes(32)
 
-    def extend(self, digests: list[bytes], tokens: Sequence[int], choice: AdapterChoice | None, *, blocks: int) -> None:
-        """Add to `digests`, those of the first blocks of `tokens`, what is missing up to `blocks`."""
+    def extend(
+        self,
+        digests: list[bytes],
+        tokens: Sequence[int],
+        choice: AdapterChoice | None,
+        *,
+        blocks: int,
+        among: str | None = None,
+    ) -> None:
+        """Add to `digests`, those of the first blocks of `tokens`, what is missing up to `blocks`.
+
+        Args:
+            among: sequences find each other's content only where this is equal as well.
+        """
         for number in range(len(digests), blocks):
-            before = digests[-1] if digests else repr(choice).encode()
+            before = digests[-1] if digests else repr((choice, among)).encode()
             held = array("q", tokens[number * self._block_tokens : (number + 1) * self._block_tokens])
             if len(held) < self._block_tokens:
                 raise ValueError(f"{len(tokens)} tokens do not fill {blocks} blocks of {self._block_tokens}")

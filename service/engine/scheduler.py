@@ -130,9 +130,11 @@ class Scheduler:
     with prompt tokens to a multiple of one without, and yet lets many prompts enter a large batch.
 
     Admission is by space for the whole prompt, so a prefill that has begun never stops for want of memory. Who is next is
-    decided across adapters by the prompt tokens that each was given (see `FairQueue`); nobody passes one for whom there is
-    no space yet. When a generating sequence finds no free block, the one admitted last gives up its blocks and waits, before
-    all others, to be computed again: it loses time, never tokens.
+    decided across adapters by the prompt tokens that each was given (see `FairQueue`). Nobody passes one for whom there is no
+    space yet, nor one whose next block a running sequence is about to compute: so several answers to one prompt take one
+    prefill, and since that uses up the budget of all its steps but the last, those behind lose at most a step. When a
+    generating sequence finds no free block, the one admitted last gives up its blocks and waits, before all others, to be
+    computed again: it loses time, never tokens.
 
     Invariant: running sequences, followed by those preempted, stand in order of first admission. So the first is never
     preempted, and since `add` accepts only what fits the empty cache it always advances: nothing starves or turns in circles.
@@ -155,8 +157,9 @@ class Scheduler:
             max_batch_tokens: tokens of one step.
             prefill_chunk_tokens: prompt tokens of a step that generates, and one more for each row that does; None: no
                 bound but `max_batch_tokens`.
-            prefix_cache: start where an earlier sequence of the same adapter and rank has computed the same first blocks.
-                Right for sliding windows as well, since the cache keeps every position and a window only hides some.
+            prefix_cache: start where an earlier sequence of the same adapter and rank has computed the same first blocks;
+                False: only where it is of the same group. Right for sliding windows as well, since the cache keeps every
+                position and a window only hides some.
         """
         if max_batch_tokens < max_running:
             raise ValueError(f"max_batch_tokens ({max_batch_tokens}) must be at least max_running ({max_running})")
@@ -164,7 +167,8 @@ class Scheduler:
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk_tokens = prefill_chunk_tokens or max_batch_tokens
-        self._prefix_hash = PrefixHash(pool.block_tokens) if prefix_cache else None
+        self._prefix_hash = PrefixHash(pool.block_tokens)
+        self._prefix_cache = prefix_cache
         self._running: list[Sequence] = []
         self._preempted: deque[Sequence] = deque()
         self._queue: FairQueue[Sequence] = FairQueue()
@@ -208,8 +212,8 @@ class Scheduler:
         """Record that the batch's keys and values are in the cache. Call before appending the sampled tokens."""
         for chunk in batch.chunks:
             chunk.sequence.computed = chunk.end
-            if self._prefix_hash is not None:
-                self._name_blocks(chunk, self._prefix_hash)
+            if self._may_share(chunk.sequence):
+                self._name_blocks(chunk)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence, wherever it stands, and take back its blocks."""
@@ -260,33 +264,53 @@ class Scheduler:
         return sequence
 
     def _place(self, sequence: Sequence) -> bool:
-        """Give a sequence the blocks for all its tokens, those of a known prefix first; False if there is no space."""
+        """Give a sequence the blocks for all its tokens, those of a known prefix first; False if it has to wait."""
         shared = self._share_prefix(sequence)
         missing = self._pool.blocks_for(len(sequence.tokens)) - len(shared)
         # A block for each of the others: who is admitted only to be preempted by their next tokens was computed in vain.
-        if missing + len(self._running) > self._pool.available:
+        if missing + len(self._running) > self._pool.available or self._is_in_the_making(sequence, len(shared)):
             self._pool.release(shared)
             return False
         sequence.blocks = shared + self._pool.allocate(missing)
         sequence.computed = len(shared) * self._pool.block_tokens
-        if self._prefix_hash is not None:
+        if self._may_share(sequence):
             self._hits += bool(shared)
             self._misses += not shared
             self._reused_tokens += sequence.computed
         return True
 
+    def _may_share(self, sequence: Sequence) -> bool:
+        return self._prefix_cache or sequence.request.group is not None
+
     def _share_prefix(self, sequence: Sequence) -> list[int]:
-        if self._prefix_hash is None:
-            return []
-        most = sequence.first_needed // self._pool.block_tokens
-        self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.adapter, blocks=most)
+        most = self._reusable_blocks(sequence)
+        self._extend_digests(sequence, most)
         return self._pool.share(sequence.digests[:most])
 
-    def _name_blocks(self, chunk: Chunk, prefix_hash: PrefixHash) -> None:
+    def _reusable_blocks(self, sequence: Sequence) -> int:
+        return sequence.first_needed // self._pool.block_tokens if self._may_share(sequence) else 0
+
+    def _is_in_the_making(self, sequence: Sequence, number: int) -> bool:
+        """Whether a running sequence is about to compute the block `number` of this one's prompt."""
+        if number >= self._reusable_blocks(sequence):
+            return False
+        end = (number + 1) * self._pool.block_tokens
+        for other in self._running:
+            if other.computed < end <= len(other.tokens) and self._may_share(other):
+                self._extend_digests(other, number + 1)
+                if other.digests[number] == sequence.digests[number]:
+                    return True
+        return False
+
+    def _extend_digests(self, sequence: Sequence, blocks: int) -> None:
+        among = None if self._prefix_cache else sequence.request.group
+        self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.adapter, blocks=blocks, among=among)
+
+    def _name_blocks(self, chunk: Chunk) -> None:
         """Let others find the blocks that a chunk has filled."""
         sequence, size = chunk.sequence, self._pool.block_tokens
         filled = range(chunk.start // size, chunk.end // size)
-        prefix_hash.extend(sequence.digests, sequence.tokens, sequence.adapter, blocks=filled.stop)
+        self._extend_digests(sequence, filled.stop)
         for number in filled:
             self._pool.name(sequence.blocks[number], sequence.digests[number], sequence.version)
 

@@ -163,13 +163,14 @@ def _fan_out(
     reason = chosen.decision.reason if chosen.decision else None
     max_unread = services.settings.max_unread_tokens if arrival.is_streamed else None
     arrived = asyncio.Event()
+    group = secrets.token_hex(8)
     streams = []
     for prompt_ids, sampling in asked:
         tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
         tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
         measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling))
         followed = services.shadow.follow(adapter, prompt_ids, choice, full)
-        request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice)
+        request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group)
         # Measured first: whoever hears of the end may ask for the verdict at once.
         on_event = _all(measured.on_event, _remembering(tracker.on_event, services.latencies, tracked), followed.on_event)
         submitting = _submitting(measured, followed)
