@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapters.paper.bases import RECIPES, BaseName, make_base
-from adapters.paper.corpus import read_corpus
 
 NAMES = ("Aromi", "Bibimbap House", "Cotto", "The Eagle", "Fitzbillies", "Zizzi")
 FOODS = ("Chinese", "English", "French", "Indian")
@@ -41,7 +40,7 @@ def write_bases(data: Path, out: Path) -> None:
     for name in BaseName:
         recipe = replace(
             RECIPES[name],
-            settings=replace(RECIPES[name].settings, steps=2, report_steps=1, checkpoint_steps=0),
+            settings=replace(RECIPES[name].settings, steps=2, report_steps=1, checkpoint_steps=0, bf16=False),
             hidden_size=16,
             intermediate_size=32,
             layers=2,
@@ -50,7 +49,7 @@ def write_bases(data: Path, out: Path) -> None:
             row_tokens=32,
             batch_tokens=128,
         )
-        make_base(name, read_corpus(data), out / "bases" / name, recipe)
+        make_base(name, data, out / "bases" / name, recipe)
 
 
 def _entry(name: str, food: str) -> dict[str, object]:

@@ -47,12 +47,13 @@ def encoder_pretraining(corpus: Corpus, recipe: BaseRecipe) -> Pretraining[Maske
             # RoBERTa counts positions from pad_token_id + 1 on.
             max_position_embeddings=recipe.max_tokens + tokenizer.pad_token_id + 1,
             type_vocab_size=1,
-            # Less than two epochs: nothing is seen often enough to be learnt by heart.
+            # The masks are drawn anew in each epoch, and there are few epochs: nothing is learnt by heart.
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             bos_token_id=tokenizer.bos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            attn_implementation="eager",  # rows are short, where torch's fused attention is slower on a CPU
         )
     )
 

@@ -39,6 +39,7 @@ class Result:
         examples: completions or labelled texts that were trained on, and that the loss was measured on.
         versions: of the libraries.
         threads: of torch.
+        processor: what the seconds were measured on; empty where it wasn't noted.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Result:
     examples: Mapping[str, int]
     versions: Mapping[str, str]
     threads: int
+    processor: str = ""
 
     def to_json(self) -> str:
         """One line, without its end."""

@@ -1,13 +1,20 @@
-"""One run of the plan: train, measure at every rank, append one line. `python -m adapters.paper.runs NAME ...`."""
+"""Runs of the plan: train, measure at every rank, append one line to each. `python -m adapters.paper.runs [NAME ...]`.
+
+Several processes may do this side by side: each run is done by one of them. One process does many, since importing the
+libraries and encoding the data takes as long as a short training.
+"""
 
 import argparse
 import fcntl
+import platform
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +24,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from adapters.adapter import Adapter
@@ -27,14 +33,15 @@ from adapters.errors import AdapterError, DataError
 from adapters.evaluation.attach import AttachedAdapter
 from adapters.evaluation.labels import LabelledSet
 from adapters.evaluation.measurement import measure
-from adapters.paper.driver import add_choice, add_folders
-from adapters.paper.plan import ALPHA, R_MAX, RANKS, Base, Run, Task, plan
+from adapters.paper.driver import add_choice, add_folders, chosen
+from adapters.paper.plan import ALPHA, R_MAX, RANKS, Base, Run, Task
 from adapters.paper.results import BASE, FIRST_COLUMNS, SVD_ORDER, TRAINED, Result, append, is_done, read_results
 from adapters.paper.task_data import TaskData, completion_data, labelled_data
 from adapters.training.rows import Rows
 from adapters.training.stock_lora import train_stock_lora
 from adapters.training.trainer import train_dylora
 
+CPU_INFO = Path("/proc/cpuinfo")
 LIBRARIES = ("torch", "transformers", "peft")
 
 Metrics = dict[str, dict[int, float]]
@@ -66,11 +73,11 @@ class Trained:
 def execute(run: Run, folders: Folders) -> Result:
     """Train and measure. Raises AdapterError: data, base or settings can't be used."""
     torch.manual_seed(run.seed)  # a fresh classifier's head is drawn as the model is loaded
-    model, tokenizer = load_base(run.task, folders)
-    data = load_data(run.task, folders.data, tokenizer, model)
+    model = load_base(run.task, folders)
+    data = load_data(run.task, folders)
     with tempfile.TemporaryDirectory() as scratch:
         trained = train(run, model, data.rows, Path(scratch))
-    model, _ = load_base(run.task, folders)  # training has wrapped the layers of the other one
+    model = load_base(run.task, folders)  # training has wrapped the layers of the other one
     return Result(
         name=run.name,
         task=run.task.name,
@@ -85,25 +92,30 @@ def execute(run: Run, folders: Folders) -> Result:
         examples=data.examples,
         versions={library: version(library) for library in LIBRARIES},
         threads=torch.get_num_threads(),
+        processor=processor(),
     )
 
 
-def load_base(task: Task, folders: Folders) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(task: Task, folders: Folders) -> PreTrainedModel:
     """The task's base in fp32. Raises DataError if it isn't there."""
     folder = folders.base(task.base)
     if not (folder / "config.json").is_file():
         maker = "" if task.base is Base.STORIES else f"; `python -m adapters.paper.bases --only {task.base}` makes it"
         raise DataError(f"{folder}: no model; expected {task.base}{maker}")
-    kind = AutoModelForSequenceClassification if task.base is Base.ENCODER else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder)
+    is_encoder = task.base is Base.ENCODER
+    kind = AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
+    # The encoder's rows are short, where torch's fused attention is slower on a CPU.
+    attention = {"attn_implementation": "eager"} if is_encoder else {}
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32, **attention)
+    return model
 
 
-def load_data(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TaskData:
-    """The task's data, encoded. Raises DataError."""
-    if task.base is Base.ENCODER:
-        return labelled_data(task, folder, tokenizer, model)
-    return completion_data(task, folder, tokenizer)
+@lru_cache(maxsize=1)
+def load_data(task: Task, folders: Folders) -> TaskData:
+    """The task's data, encoded for its base; kept for the task's next run. Raises DataError."""
+    tokenizer = AutoTokenizer.from_pretrained(folders.base(task.base))
+    encode = labelled_data if task.base is Base.ENCODER else completion_data
+    return encode(task, folders.data, tokenizer)
 
 
 def train(run: Run, model: PreTrainedModel, rows: Rows, scratch: Path) -> Trained:
@@ -157,37 +169,77 @@ def without_adapter(model: PreTrainedModel, data: TaskData) -> Metrics:
     return found
 
 
+def processor() -> str:
+    """What the seconds were measured on: the first CPU's name and model number, where Linux tells."""
+    if not CPU_INFO.exists():
+        return platform.processor()
+    facts = dict(re.findall(r"^(.*?)\s*: (.*)$", CPU_INFO.read_text().partition("\n\n")[0], re.MULTILINE))
+    return f"{facts.get('model name', platform.machine())}, model {facts.get('model')}"
+
+
+def do(runs: Sequence[Run], folders: Folders) -> list[str]:
+    """Do every run that has no line yet; those that another process is at come last, in case it doesn't finish them.
+
+    Returns:
+        the names of those that failed.
+    """
+    postponed, failed = [], []
+    for run in runs:
+        with held(run, folders.out, wait=False) as is_free:
+            if not is_free:
+                postponed.append(run)
+            elif not _done(run, folders):
+                failed.append(run.name)
+    for run in postponed:
+        with held(run, folders.out, wait=True):
+            if not _done(run, folders):
+                failed.append(run.name)
+    return failed
+
+
+def _done(run: Run, folders: Folders) -> bool:
+    """Do one run unless its line is there; False if it can't be done."""
+    results = folders.out / "results"
+    try:
+        if not is_done(run, read_results(results)):
+            print(run.name, flush=True)
+            append(execute(run, folders), results)
+    except AdapterError as error:
+        print(f"error: {run.name}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 @contextmanager
-def alone(run: Run, out: Path) -> Iterator[None]:
-    """Wait until no other process works on this run. A process left behind by a killed driver may still do so."""
+def held(run: Run, out: Path, wait: bool) -> Iterator[bool]:
+    """Keep other processes from this run, also one left behind by a killed driver; False where another is at it."""
     locks = out / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / run.name.replace("/", ".")).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do one run unless its line is there; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m adapters.paper.runs", description="Do one run of the plan.")
-    parser.add_argument("name", help="as `python -m adapters.paper --list` prints it")
+    """Do the runs that are named, or all; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m adapters.paper.runs", description="Do runs of the plan.")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="as `python -m adapters.paper --list` prints it; all unless given"
+    )
     add_folders(parser)
     add_choice(parser)
     options = parser.parse_args(arguments)
-    runs = {run.name: run for run in plan((), options.seeds, options.max_steps, trials=options.trials)}
-    if options.name not in runs:
-        print(f"error: {options.name!r} is not a run of the plan", file=sys.stderr)
+    planned = {run.name: run for run in chosen(options)}
+    if unknown := [name for name in options.names if name not in planned]:
+        print(f"error: {unknown[0]!r} is not a run of the plan", file=sys.stderr)
         return 2
-    run, results = runs[options.name], options.out / "results"
     torch.set_num_threads(1)
-    try:
-        with alone(run, options.out):
-            if not is_done(run, read_results(results)):
-                append(execute(run, Folders(options.data, options.models, options.out)), results)
-    except AdapterError as error:
-        print(f"error: {run.name}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    runs = [planned[name] for name in options.names or planned]
+    return 2 if do(runs, Folders(options.data, options.models, options.out)) else 0
 
 
 if __name__ == "__main__":

@@ -67,9 +67,8 @@ def measure_steps(task: Task, folders: "Folders", pairs: int) -> StepTimes:
     torch.set_num_threads(1)
     run = nested_run(task, PAPER_METHODS[0], 0)
     assert run.config is not None
-    nested, tokenizer = load_base(task, folders)
-    plain, _ = load_base(task, folders)
-    rows = load_data(task, folders.data, tokenizer, nested).rows
+    nested, plain = load_base(task, folders), load_base(task, folders)
+    rows = load_data(task, folders).rows
     prepare(nested, run.config, 0)
     with tempfile.TemporaryDirectory() as scratch:
         peft_model = wrapped(plain, R_MAX, int(ALPHA), task.targets, task.base)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from adapters.data.example import Example, LabelledText
 from adapters.data.formats import read
@@ -21,7 +21,6 @@ from adapters.paper.plan import Task
 from adapters.paper.results import LOSS
 from adapters.training.encoding import EncodedPair, encode, encode_labelled
 from adapters.training.rows import Rows
-from adapters.training.trainer import padding_id
 
 Item = TypeVar("Item")
 
@@ -79,13 +78,13 @@ def completion_data(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase
     )
 
 
-def labelled_data(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> TaskData:
+def labelled_data(task: Task, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Labelled texts. Raises DataError."""
     train, dev = read(folder / task.train, task.data), read(folder / task.dev, task.data)
     rows = encode_labelled(_sample(_labelled(train.items), task.train_sample), tokenizer, task.max_tokens)
     held_out = encode_labelled(_sample(_labelled(dev.items), task.dev_sample), tokenizer, task.max_tokens)
     name = next(name for name, metric in LABEL_METRICS.items() if metric.name == task.metric)
-    measured = LabelledSet(held_out, len(dev.labels), [MetricName(name)], pad_token_id=padding_id(model), batch_size=64)
+    measured = LabelledSet(held_out, len(dev.labels), [MetricName(name)], pad_token_id=tokenizer.pad_token_id, batch_size=64)
     return TaskData(
         rows=rows,
         measures=[(measured, (Measure(LOSS, 0), Measure(task.metric, 1, POINTS)))],

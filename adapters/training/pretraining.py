@@ -30,6 +30,8 @@ class PretrainSettings:
         weight_decay: of the matrices.
         report_steps: steps between two measurements on held-out text.
         checkpoint_steps: steps between two checkpoints; 0 writes none.
+        bf16: products in bfloat16, Muon's too; weights and everything else stay float32. Twice as fast where the CPU has
+            AMX, many times slower where it has no bf16 products at all.
     """
 
     steps: int
@@ -39,6 +41,7 @@ class PretrainSettings:
     weight_decay: float = 0.1
     report_steps: int = 50
     checkpoint_steps: int = 0
+    bf16: bool = False
 
 
 def pretrain(
@@ -67,18 +70,24 @@ def pretrain(
     model.train()
     progress = tqdm(range(done, settings.steps), desc=label, mininterval=2, initial=done, total=settings.steps)
     for step in progress:
-        loss = loss_of(next(batches))
+        with _autocast(settings):
+            loss = loss_of(next(batches))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * one_cycle(step, settings.steps, settings.warmup_share)
-            optimizer.step()
+            with _autocast(settings):
+                optimizer.step()
         model.zero_grad(set_to_none=True)
         if (step + 1) % settings.report_steps == 0:
             progress.write(f"step {step + 1}: loss {loss.item():.3f} training, {held_out_loss():.3f} held out")
         if checkpoint is not None and settings.checkpoint_steps and (step + 1) % settings.checkpoint_steps == 0:
             save_checkpoint(checkpoint, model, optimizers, step + 1)
         progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _autocast(settings: PretrainSettings) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16)
 
 
 def one_cycle(step: int, steps: int, warmup_share: float) -> float:
