@@ -54,7 +54,8 @@ def read_corpus(data: Path, shares: Mapping[Source, int]) -> Corpus:
     Raises:
         DataError: a file is missing, or isn't what it should be.
     """
-    train, held_out = [], []
+    train: list[Group] = []
+    held_out: list[Group] = []
     for source, times in shares.items():
         train += times * list(_texts(data / source, source, "train"))
         held_out += _texts(data / source, source, "dev")
