@@ -12,12 +12,12 @@ import time
 
 from service.core import Mode, StepReport
 from service.engine.fake_engine import FakeEngine
-from service.forecast import Ask, EngineSizes
 from service.http.auto_rank import AutoRank
-from service.latency_model import LatencyModel
-from service.load import InFlight
-from service.policies import Policy, PolicyBook, PolicyKind
-from service.rank_policy import RankFacts, decide
+from service.rank.forecast import Ask, EngineSizes
+from service.rank.latency_model import LatencyModel
+from service.rank.load import InFlight
+from service.rank.policies import Policy, PolicyBook, PolicyKind
+from service.rank.rank_policy import RankFacts, decide
 from service.slo import Slo
 
 RANKS = tuple(range(1, 65))

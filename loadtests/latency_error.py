@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from service.core import AdapterChoice, EngineProtocol, Event, GenerationRequest, SamplingParams, StepReport, TokenEvent
-from service.latency_model import LatencyModel
-from service.latency_sweep import MAX_ADAPTERS, RANKS, sweep, synthetic_adapters
+from service.latency.sweep import MAX_ADAPTERS, RANKS, sweep, synthetic_adapters
 from service.launch import real_engine
+from service.rank.latency_model import LatencyModel
 from service.settings import Settings
 
 

@@ -17,7 +17,7 @@ from service.http.app import create_app
 from service.http.metrics import Metrics
 from service.http.tenants import Tenants
 from service.http.tracing import Tracing
-from service.latency_model import LatencyModel
+from service.rank.latency_model import LatencyModel
 from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]

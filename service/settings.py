@@ -16,7 +16,7 @@ from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validato
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.core import Compile
-from service.policies import Policy, PolicyBook, PolicyKind, WhenUnattainable
+from service.rank.policies import Policy, PolicyBook, PolicyKind, WhenUnattainable
 
 ENV_PREFIX = "DYLORA_"
 DEMO_MODEL = "demo"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from service.core import Mode, StepReport
-from service.latency_model import LatencyModel, Statistics
+from service.rank.latency_model import LatencyModel, Statistics
 
 
 def true_seconds(step: StepReport) -> float:

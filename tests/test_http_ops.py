@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from service.http.openai.schemas import ChatRequest, CompletionRequest
-from service.http.routes_quality import CalibrationRequest
-from service.http.routes_vllm import LoadRequest
+from service.http.routes.quality import CalibrationRequest
+from service.http.routes.vllm import LoadRequest
 from service.http.schemas import CompatRequest, GenerateParameters
 from service.log import logger
 from tests.http_harness import Server, in_process

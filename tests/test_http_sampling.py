@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from service.engine.fake_engine import FakeEngine
-from service.http.fan_out import sequence_seed
+from service.http.generation.fan_out import sequence_seed
 from tests.http_harness import Server, in_process
 
 

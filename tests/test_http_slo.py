@@ -12,9 +12,9 @@ import pytest
 
 from service.core import Aborted, Failed, Finished, FinishReason, Mode, Token, TokenEvent, Usage
 from service.errors import EngineFailed
-from service.forecast import Ask
-from service.http.measurement import Measurement
-from service.http.selection import SLO_HEADERS
+from service.http.generation.measurement import Measurement
+from service.http.generation.selection import SLO_HEADERS
+from service.rank.forecast import Ask
 from service.slo import Slo
 from tests.http_harness import PROFILE, Server, adapter, in_process
 from tests.http_keys import make_key, write_keys

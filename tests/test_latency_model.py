@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.core import Mode, StepReport
-from service.latency_model import ENOUGH_STEPS, FEATURES, LatencyModel, Statistics, non_negative_least_squares
+from service.rank.latency_model import ENOUGH_STEPS, FEATURES, LatencyModel, Statistics, non_negative_least_squares
 from tests.made_up_steps import some_steps, trained
 
 STEPS = st.builds(

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from adapters.quality import Metric, QualityProfile
 from service.core import Mode
 from service.errors import InvalidRequest, SloUnattainable
-from service.forecast import Ask, EngineSizes, Forecast, alike, forecast
-from service.latency_model import LatencyModel
-from service.latency_policy import Outlook, best_rank
-from service.load import Load, Traffic
-from service.policies import Policy, PolicyBook, PolicyKind, RankBounds, WhenUnattainable
-from service.quality_curve import ENERGY_PRIOR, energy_prior, quality_by_rank
-from service.rank_policy import RankDecision, RankFacts, RankReason, RankWish, decide
+from service.rank.forecast import Ask, EngineSizes, Forecast, alike, forecast
+from service.rank.latency_model import LatencyModel
+from service.rank.latency_policy import Outlook, best_rank
+from service.rank.load import Load, Traffic
+from service.rank.policies import Policy, PolicyBook, PolicyKind, RankBounds, WhenUnattainable
+from service.rank.quality_curve import ENERGY_PRIOR, energy_prior, quality_by_rank
+from service.rank.rank_policy import RankDecision, RankFacts, RankReason, RankWish, decide
 from service.slo import NO_SLO, Slo, Times
 from tests.made_up_steps import known_model
 

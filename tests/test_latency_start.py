@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from service.core import AdapterChoice, EngineObservers, GenerationRequest, Mode, SamplingParams
-from service.latency_cache import MAX_BYTES, cache_path, read_statistics, write_statistics
-from service.latency_model import LatencyModel
-from service.latency_start import prepare
-from service.latency_sweep import PLAN, sweep, synthetic_adapters
+from service.latency.cache import MAX_BYTES, cache_path, read_statistics, write_statistics
+from service.latency.start import prepare
+from service.latency.sweep import PLAN, sweep, synthetic_adapters
 from service.log import logger
+from service.rank.latency_model import LatencyModel
 from service.settings import Settings
 from tests.engine_harness import Reports, generate, random_dylora, running_engine
 from tests.made_up_steps import known_statistics

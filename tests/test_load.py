@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.load import NO_TRAFFIC, TRAFFIC_S, InFlight, Load, LoadBook
+from service.rank.load import NO_TRAFFIC, TRAFFIC_S, InFlight, Load, LoadBook
 
 REQUESTS = st.lists(
     st.tuples(st.sampled_from([None, "a", "b"]), st.sampled_from([0, 1, 4, 8]), st.integers(1, 50), st.integers(1, 20)),

@@ -3,7 +3,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.margins import Margins
+from service.rank.margins import Margins
 from service.slo import Times
 
 PREDICTED = Times(10.0, 2.0, 100.0)

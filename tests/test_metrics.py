@@ -6,9 +6,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.core import Aborted, EngineStats, Mode, StepReport, Token, TokenEvent
 from service.engine.fake_engine import FakeEngine
+from service.http.generation.tracking import RequestTracker, TrackedRequest
 from service.http.limits import DrainRate
 from service.http.metrics import RANKS_PER_ADAPTER, Metrics
-from service.http.tracking import RequestTracker, TrackedRequest
 from tests.http_harness import PROFILE, Server, adapter, files_of, folder_of, in_process
 
 NAMES = {

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from adapters.errors import IllegalRank
 from adapters.quality import Metric, QualityProfile
 from service.errors import InvalidRequest
-from service.policies import Policy, PolicyBook, PolicyKind, RankBounds
-from service.rank_policy import RankDecision, RankFacts, RankReason, RankWish, decide
+from service.rank.policies import Policy, PolicyBook, PolicyKind, RankBounds
+from service.rank.rank_policy import RankDecision, RankFacts, RankReason, RankWish, decide
 
 RANK_LISTS = st.lists(st.integers(1, 64), min_size=1, max_size=10, unique=True).map(sorted)
 POLICIES = st.builds(

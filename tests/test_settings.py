@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from service.policies import PolicyKind
+from service.rank.policies import PolicyKind
 from service.settings import Device, Settings, SettingsError, variable
 
 

@@ -6,7 +6,7 @@ import pytest
 from service.core import Aborted, Failed, Finished, GenerationRequest, SamplingParams, TokenEvent
 from service.engine.fake_engine import FakeEngine
 from service.errors import DeadlinePassed, QueueFull, SlowReader
-from service.http.stream import EventStream
+from service.http.generation.stream import EventStream
 
 
 def request(tokens: int = 5) -> GenerationRequest:

@@ -28,13 +28,13 @@ from service.engine.blocks import BlockPool
 from service.engine.fake_engine import FakeEngine
 from service.engine.scheduler import Scheduler
 from service.engine.scheduler import Sequence as Running
-from service.forecast import Ask, EngineSizes
 from service.http.auto_rank import AutoRank
-from service.http.measurement import Measurement, SequenceMeasurement
+from service.http.generation.measurement import Measurement, SequenceMeasurement
 from service.http.metrics import Metrics
-from service.latency_model import LatencyModel
-from service.policies import Policy, PolicyBook, PolicyKind
-from service.rank_policy import RankDecision, RankFacts, decide
+from service.rank.forecast import Ask, EngineSizes
+from service.rank.latency_model import LatencyModel
+from service.rank.policies import Policy, PolicyBook, PolicyKind
+from service.rank.rank_policy import RankDecision, RankFacts, decide
 from service.slo import Slo
 
 SIZES = EngineSizes(max_running=64, max_batch_tokens=512, prefill_chunk_tokens=16)

@@ -13,29 +13,29 @@ from starlette.requests import ClientDisconnect
 
 from adapters.errors import AdapterError
 from adapters.store.store import AdapterStore
-from service import latency_start
 from service.core import EngineProtocol
 from service.errors import ServiceError
-from service.forecast import EngineSizes
-from service.http import routes_adapters, routes_generate, routes_openai, routes_ops, routes_pages, routes_quality, routes_vllm
-from service.http.auth import Authentication
+from service.http.adapters.calibration import Calibrations
+from service.http.adapters.registry import AdapterRegistry, ServedAdapter
+from service.http.asgi.auth import Authentication
+from service.http.asgi.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
+from service.http.asgi.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
+from service.http.asgi.request_log import RequestLog
+from service.http.asgi.request_spans import RequestSpans
+from service.http.asgi.validation_text import describe, first_field, known_fields
 from service.http.auto_rank import AutoRank
-from service.http.calibration import Calibrations
 from service.http.error_table import ErrorKind
 from service.http.metrics import Metrics
-from service.http.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
-from service.http.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
-from service.http.registry import AdapterRegistry, ServedAdapter
-from service.http.request_log import RequestLog
-from service.http.request_spans import RequestSpans
+from service.http.routes import adapters, generate, openai, ops, pages, quality, vllm
 from service.http.services import Services
 from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
 from service.http.tracing import Tracing
-from service.http.validation_text import describe, first_field, known_fields
-from service.latency_model import LatencyModel
+from service.latency.start import prepare
 from service.log import entry, logger
-from service.margins import Margins
+from service.rank.forecast import EngineSizes
+from service.rank.latency_model import LatencyModel
+from service.rank.margins import Margins
 from service.settings import Settings
 from service.version import VERSION
 
@@ -74,11 +74,11 @@ def create_app(
         version=VERSION,
         summary="LLM inference where the LoRA rank is a run-time choice.",
         lifespan=_lifespan,
-        docs_url=None,  # both would load scripts from elsewhere: routes_pages has a page of ours
+        docs_url=None,  # both would load scripts from elsewhere: routes.pages has a page of ours
         redoc_url=None,
     )
     app.state.services = services
-    for routes in (routes_generate, routes_openai, routes_vllm, routes_adapters, routes_quality, routes_ops, routes_pages):
+    for routes in (generate, openai, vllm, adapters, quality, ops, pages):
         app.include_router(routes.router)
     app.add_exception_handler(ServiceError, _on_error)
     app.add_exception_handler(AdapterError, _on_error)
@@ -113,7 +113,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _load(services: Services) -> None:
     try:
-        latency_start.prepare(services.auto_rank.model, services.engine, services.settings, services.draining.is_set)
+        prepare(services.auto_rank.model, services.engine, services.settings, services.draining.is_set)
     except Exception as error:
         logger.exception(entry("measuring latencies failed; they are learned from requests", error=error))
     try:

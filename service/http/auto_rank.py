@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.core import EngineProtocol, Mode
-from service.forecast import Ask, EngineSizes, alike, forecast
-from service.latency_model import LatencyModel
-from service.latency_policy import Outlook
-from service.load import Load, LoadBook
-from service.margins import Margins
+from service.rank.forecast import Ask, EngineSizes, alike, forecast
+from service.rank.latency_model import LatencyModel
+from service.rank.latency_policy import Outlook
+from service.rank.load import Load, LoadBook
+from service.rank.margins import Margins
 
 
 @dataclass

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from adapters.quality import QualityProfile
 from service.core import EngineStats, StepReport
-from service.rank_policy import RankDecision
+from service.rank.rank_policy import RankDecision
 
 BASE_LABEL = "base"
 """The `adapter` label of requests without adapter; their rank is 0."""

@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema
 
 from service.core import FinishReason, Mode
 from service.http.not_served import NotServed
-from service.rank_policy import RankReason, RankWish
+from service.rank.rank_policy import RankReason, RankWish
 from service.slo import Slo
 
 MAX_STOPS = 16

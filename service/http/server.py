@@ -10,7 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from service.http.connection import BoundedConnection
+from service.http.asgi.connection import BoundedConnection
 from service.http.services import Services
 from service.log import entry, logger
 

@@ -6,15 +6,15 @@ from threading import Event
 
 from service.core import EngineProtocol
 from service.errors import Draining
+from service.http.adapters.calibration import Calibrations
+from service.http.adapters.registry import AdapterRegistry
 from service.http.auto_rank import AutoRank
-from service.http.calibration import Calibrations
 from service.http.latencies import Latencies
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
-from service.http.registry import AdapterRegistry
 from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
-from service.policies import PolicyBook
+from service.rank.policies import PolicyBook
 from service.settings import Settings
 
 

@@ -9,7 +9,7 @@ from service.errors import KeyOverLimit, NoKey, WrongScope
 from service.http.limits import Clock, TokenBucket, whole_seconds
 from service.keys import ANYONE, ApiKey, KeyRing, KeysError, Scope, parse_keys, read_keys
 from service.log import entry, logger
-from service.policies import PolicyBook
+from service.rank.policies import PolicyBook
 from service.settings import Settings, SettingsError, variable
 
 _NEWEST_WEIGHT = 0.2

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from adapters.config import AdapterKind
-from service.http.adapter_schemas import QualityOut
+from service.http.adapters.schemas import QualityOut
 from service.http.schemas import ServedBy, is_none
 
 StopReason = Literal["stop", "length"]

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from service.core import EngineProtocol, Finished, FinishReason
 from service.core import Usage as EngineUsage
-from service.http.generation import Submitted, tokenizing
+from service.http.generation.served import EndedSequence, WholeAnswer, collect_sequences, common_mode, served_by
+from service.http.generation.submit import Submitted, tokenizing
 from service.http.openai.answer_schemas import (
     AnswerMessage,
     ChatChoice,
@@ -17,7 +18,6 @@ from service.http.openai.answer_schemas import (
 from service.http.openai.heading import Heading
 from service.http.openai.logprobs import chat_logprobs, completion_logprobs
 from service.http.openai.schemas import ChatRequest, CompletionRequest
-from service.http.served import EndedSequence, WholeAnswer, collect_sequences, common_mode, served_by
 
 
 async def collect_completion(

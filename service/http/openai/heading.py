@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from service.http.generation import Submitted
+from service.http.generation.submit import Submitted
 from service.http.services import Services
 from service.version import VERSION
 

@@ -1,8 +1,8 @@
 """What `model` may name."""
 
-from service.http.adapter_schemas import QualityOut
+from service.http.adapters.registry import AdapterState, ServedAdapter
+from service.http.adapters.schemas import QualityOut
 from service.http.openai.answer_schemas import Model
-from service.http.registry import AdapterState, ServedAdapter
 from service.http.services import Services
 
 _OWNER = "dylora-serve"

@@ -9,13 +9,13 @@ from pydantic import BaseModel
 from service.core import EngineProtocol, Event, Finished, Token, TokenEvent
 from service.errors import ServiceError
 from service.http.error_table import kind_of, openai_body
-from service.http.generation import Submitted
+from service.http.generation.served import ClientGone, finished_or_raise, served_by
+from service.http.generation.submit import Submitted
 from service.http.openai.answer_schemas import ChatChunk, ChatChunkChoice, CompletionChoice, CompletionChunk, Delta, Usage
 from service.http.openai.answers import prompt_texts, stop_reason, told_usage, total_usage
 from service.http.openai.heading import Heading
 from service.http.openai.logprobs import chat_logprobs, completion_logprobs
 from service.http.openai.schemas import ChatRequest, CompletionRequest
-from service.http.served import ClientGone, finished_or_raise, served_by
 
 First = tuple[int, Event]
 """What was read already: an event with the number of its sequence."""

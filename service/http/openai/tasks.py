@@ -2,8 +2,8 @@
 
 from service.core import EngineProtocol, SamplingParams
 from service.errors import InvalidRequest
-from service.http.generate_task import drawn_seed, given_or
-from service.http.generation import Task
+from service.http.generation.submit import Task
+from service.http.generation.token_limits import TokenFields, TokenLimits
 from service.http.openai.schemas import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_TEMPERATURE,
@@ -13,7 +13,7 @@ from service.http.openai.schemas import (
     OpenAIRequest,
     Prompt,
 )
-from service.http.token_limits import TokenFields, TokenLimits
+from service.http.tgi.tasks import drawn_seed, given_or
 
 UNNAMED = ("dummy", "tgi")
 """What Hugging Face's clients put into `model` where nothing was named."""

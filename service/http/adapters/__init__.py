@@ -1,0 +1,1 @@
+"""Adapters as the server holds them: uploaded, listed, changed, measured."""

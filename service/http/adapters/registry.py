@@ -1,0 +1,351 @@
+"""Names to adapters: keeps the store on disk and the engine in step, and answers which adapter serves a name."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from adapters.adapter import Adapter
+from adapters.checkpoint import write_peft
+from adapters.errors import AdapterBusy, AdapterError, InvalidName
+from adapters.nesting import energy_per_rank, export_rank
+from adapters.quality import QualityProfile
+from adapters.store.archive import pack_zip
+from adapters.store.store import AdapterStore
+from adapters.store.stored import StoredAdapter, check_name
+from service.core import AdapterChoice, EngineProtocol
+from service.errors import AdapterUnfit, NameTaken, NotReady, UnknownAdapter
+from service.rank.quality_curve import energy_prior
+from service.rank.rank_policy import RankFacts
+
+RESERVED_NAMES = ("other",)
+"""A value of metric labels, which an adapter of that name would be confused with; the store reserves "base" itself."""
+
+
+class AdapterState(StrEnum):
+    """Whether a stored adapter can be served."""
+
+    READY = "ready"
+    UNFIT = "unfit"
+    """Stored, but it does not fit the base model, or its files no longer read; `problem` says why."""
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """A stored adapter and how it stands with this engine.
+
+    Attributes:
+        stored: None where its files could not even be described.
+        facts: what rank policies need of it.
+        bytes_at: legal rank to the bytes of the factors at that rank.
+        problem: why it is unfit, None when it is ready.
+        owner: name of the API key that alone may see it; None for a shared adapter.
+    """
+
+    name: str
+    stored: StoredAdapter | None
+    state: AdapterState
+    facts: RankFacts
+    problem: str | None = None
+    owner: str | None = None
+    bytes_at: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    def is_visible_to(self, viewer: str) -> bool:
+        """Whether a caller, by the name of its key, may know of it."""
+        return self.owner is None or self.owner == viewer
+
+    @property
+    def version(self) -> str:
+        """Digest of its content; "" where that is not known."""
+        return self.stored.version if self.stored else ""
+
+    def choice(self, rank: int) -> AdapterChoice:
+        """What the engine is told.
+
+        Raises:
+            AdapterUnfit: there is nothing to serve.
+            IllegalRank: the adapter does not have this rank.
+        """
+        if self.stored is None:
+            raise AdapterUnfit(self.name, self.problem or "its files can't be read")
+        return AdapterChoice(self.version, rank, self.stored.config.scale(rank))
+
+
+class RegistryObserver(Protocol):
+    """Is told what is served. Metrics implements it."""
+
+    def adapter_loaded(self, name: str, quality: QualityProfile | None, seconds: float) -> None:
+        """An adapter is served under this name, perhaps instead of another version."""
+
+    def adapter_deleted(self, name: str) -> None:
+        """The name is gone."""
+
+
+class AdapterRegistry:
+    """The adapters that requests can name. Reads never wait; writes are made one after another.
+
+    `viewer` is the name of the caller's API key, "" without. To everyone but its owner a private adapter does not exist.
+
+    Two names may hold the same content: the engine keeps a version as long as any name has it. A request in flight
+    keeps the version it was submitted with, whatever happens to its name.
+    """
+
+    def __init__(self, store: AdapterStore, engine: EngineProtocol, observer: RegistryObserver) -> None:
+        self._store = store
+        self._engine = engine
+        self._observer = observer
+        self._served: Mapping[str, ServedAdapter] = MappingProxyType({})
+        self._change = threading.Lock()
+        self._names_lock = threading.Lock()
+        self._writing: set[str] = set()
+        self._is_loaded = threading.Event()
+
+    # Reads
+
+    def resolve(self, name: str, viewer: str = "") -> ServedAdapter:
+        """The adapter that serves a name now.
+
+        Raises:
+            UnknownAdapter: there is none.
+            AdapterUnfit: it does not fit the base model.
+            NotReady: not found, but the store is still being loaded.
+        """
+        served = self.get(name, viewer)
+        if served.problem is not None:
+            raise AdapterUnfit(name, served.problem)
+        return served
+
+    def get(self, name: str, viewer: str = "") -> ServedAdapter:
+        """The entry of a name, fit or not. Raises UnknownAdapter, or NotReady as `resolve` does."""
+        served = self._served.get(name)
+        if served is None or not served.is_visible_to(viewer):
+            raise UnknownAdapter(name) if self.is_loaded else NotReady()
+        return served
+
+    def list(self, viewer: str = "") -> tuple[ServedAdapter, ...]:
+        """All entries that the caller may know of, by name."""
+        served = self._served
+        return tuple(served[name] for name in sorted(served) if served[name].is_visible_to(viewer))
+
+    def counts(self) -> dict[str, int]:
+        """Number of adapters by state."""
+        found = Counter(served.state for served in self._served.values())
+        return {state.value: found[state] for state in AdapterState}
+
+    @property
+    def is_loaded(self) -> bool:
+        """Everything that was stored at start has been loaded or found unfit."""
+        return self._is_loaded.is_set()
+
+    def wait_loaded(self, timeout_s: float) -> bool:
+        """Block until `is_loaded`; False if that took too long."""
+        return self._is_loaded.wait(timeout_s)
+
+    # Writes
+
+    def load_all(
+        self,
+        progress: Callable[[ServedAdapter, int, int], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Load everything in the store. An adapter that doesn't fit is kept and listed as unfit.
+
+        Args:
+            progress: told of each adapter, how many are done, and of how many.
+            should_stop: asked before each; the rest is left where it is.
+        """
+        with self._change:
+            for name, error in self._store.broken.items():
+                owner = self._store.broken_owner(name)
+                self._serve(ServedAdapter(name, None, AdapterState.UNFIT, RankFacts(()), str(error), owner))
+        stored = self._store.list()
+        for done, each in enumerate(stored, start=1):
+            if should_stop():
+                return
+            with self._change:
+                served = self._load_stored(each)
+                self._serve(served)
+            if progress is not None:
+                progress(served, done, len(stored))
+        self._is_loaded.set()
+
+    @contextmanager
+    def writing(self, name: str, viewer: str = "") -> Iterator[None]:
+        """Claim a name for one upload or deletion, from its first byte on.
+
+        Raises:
+            InvalidName: not a legal name, or the base model's.
+            UnknownAdapter: the name is another's.
+            AdapterBusy: another one is under way.
+            NotReady: the store is still being loaded.
+        """
+        check_name(name)
+        if name in RESERVED_NAMES or name == self._engine.model.name:
+            raise InvalidName(name, "this name is reserved")
+        if not self.is_loaded:
+            raise NotReady
+        with self._names_lock:
+            self._check_not_anothers(name, viewer)
+            if name in self._writing:
+                raise AdapterBusy(name)
+            self._writing.add(name)
+        try:
+            yield
+        finally:
+            with self._names_lock:
+                self._writing.discard(name)
+
+    def check_may_own(self, name: str) -> None:
+        """Raise NameTaken if a private upload of this name would be seen by all, because the name is a shared adapter's."""
+        served = self._served.get(name)
+        if served is not None and served.owner is None:
+            raise NameTaken(name)
+
+    def put(self, name: str, folder: Path, *, renest: bool = True, owner: str | None = None) -> tuple[ServedAdapter, bool]:
+        """Store and serve what lies in a folder; True beside it if the name is new. Call inside `writing`.
+
+        The engine takes the adapter before the store commits: if either refuses, the old version stays in both.
+
+        Args:
+            owner: whose it shall be where the name is new; a name that is there stays whose it is.
+
+        Raises:
+            InvalidAdapter: it can't be read, or does not fit the base model.
+            StoreFull, AdapterBusy: as AdapterStore.put.
+        """
+        taken: list[ServedAdapter] = []
+        seconds = 0.0
+
+        def take(stored: StoredAdapter, adapter: Adapter) -> None:
+            nonlocal seconds
+            started_at = time.perf_counter()
+            self._engine.load(stored.version, adapter)
+            seconds = time.perf_counter() - started_at
+            taken.append(self._ready(stored, adapter))
+
+        with self._change:
+            is_new = name not in self._served
+            owner = owner if is_new else self._served[name].owner
+            try:
+                stored = self._store.put(name, folder, renest=renest, owner=owner, check=take)
+            except BaseException:
+                for each in taken:
+                    self._unload_unless_named(each.version)
+                raise
+            served = replace(taken[-1], stored=stored)
+            self._serve(served)
+            self._observer.adapter_loaded(name, stored.quality, seconds)
+        return served, is_new
+
+    def holds(self, name: str) -> bool:
+        """Whether there is an adapter of that name, fit or not. Call inside `writing`, which says if it is another's."""
+        return name in self._served
+
+    def set_quality(self, name: str, profile: QualityProfile) -> ServedAdapter:
+        """Give an adapter another quality profile, which makes it a new version. Call inside `writing`.
+
+        Raises:
+            AdapterUnfit: its files can't be read.
+            StoreFull: the store has no room for both versions.
+        """
+        stored = self._served[name].stored
+        if stored is None:
+            raise AdapterUnfit(name, "its files can't be read")
+        with self._store.new_upload() as folder:
+            write_peft(replace(self._store.load(stored), quality=profile), folder)
+            return self.put(name, folder, renest=False)[0]
+
+    def delete(self, name: str, viewer: str = "") -> None:
+        """Forget an adapter; requests in flight keep it until they end. Call inside `writing`.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+        """
+        with self._change:
+            gone = self.get(name, viewer)
+            self._store.delete(name)
+            self._served = MappingProxyType({n: s for n, s in self._served.items() if n != name})
+            self._unload_unless_named(gone.version)
+            self._observer.adapter_deleted(name)
+
+    def new_upload(self) -> AbstractContextManager[Path]:
+        """An empty folder for an upload or an export, removed at the end of the block."""
+        return self._store.new_upload()
+
+    def export(self, name: str, rank: int | None, scratch: Path, viewer: str = "") -> tuple[Path, int]:
+        """Write a zip with a PEFT checkpoint of one rank, the largest if None; its path and rank.
+
+        Args:
+            scratch: an empty folder, as `new_upload` gives.
+
+        Raises:
+            UnknownAdapter, AdapterUnfit: nothing to export.
+            IllegalRank: the adapter does not have this rank.
+        """
+        served = self.get(name, viewer)
+        if served.stored is None:
+            raise AdapterUnfit(name, served.problem or "its files can't be read")
+        rank = served.stored.config.r_max if rank is None else rank
+        served.stored.config.check_rank(rank)
+        folder = scratch / "checkpoint"
+        folder.mkdir()
+        export_rank(self._store.load(served.stored), rank, folder)
+        target = scratch / "export.zip"
+        pack_zip(folder, target)
+        return target, rank
+
+    def _load_stored(self, stored: StoredAdapter) -> ServedAdapter:
+        started_at = time.perf_counter()
+        try:
+            adapter = self._store.load(stored)
+            self._engine.load(stored.version, adapter)
+        except AdapterError as error:
+            facts = RankFacts(stored.config.ranks)
+            return ServedAdapter(stored.name, stored, AdapterState.UNFIT, facts, str(error), stored.owner)
+        self._observer.adapter_loaded(stored.name, stored.quality, time.perf_counter() - started_at)
+        return self._ready(stored, adapter)
+
+    def _check_not_anothers(self, name: str, viewer: str) -> None:
+        served = self._served.get(name)
+        if served is not None and not served.is_visible_to(viewer):
+            raise UnknownAdapter(name)
+
+    def _serve(self, served: ServedAdapter) -> None:
+        old = self._served.get(served.name)
+        self._served = MappingProxyType({**self._served, served.name: served})
+        if old is not None:
+            self._unload_unless_named(old.version)
+
+    def _unload_unless_named(self, version: str) -> None:
+        named = (s.version for s in self._served.values() if s.state is AdapterState.READY)
+        if version not in named:
+            self._engine.unload(version)
+
+    def _ready(self, stored: StoredAdapter, adapter: Adapter) -> ServedAdapter:
+        ranks = stored.config.ranks
+        parameters = {rank: parameters_at(adapter, rank) for rank in ranks}
+        prior = None
+        if stored.quality is None and adapter.modules:
+            prior = energy_prior(energy_per_rank(adapter).mean, ranks)
+        facts = RankFacts(ranks, stored.quality, parameters, self._engine.model.parameters, prior)
+        bytes_at = {rank: bytes_at_rank(adapter, rank) for rank in ranks}
+        return ServedAdapter(stored.name, stored, AdapterState.READY, facts, owner=stored.owner, bytes_at=bytes_at)
+
+
+def parameters_at(adapter: Adapter, rank: int) -> int:
+    """Numbers in the factors that a token meets at a rank: its work, next to the base model's parameters."""
+    return sum(min(rank, m.rank) * (m.a.shape[1] + m.b.shape[0]) for m in adapter.modules.values())
+
+
+def bytes_at_rank(adapter: Adapter, rank: int) -> int:
+    """Bytes of the factors at a rank."""
+    return sum(
+        min(rank, m.rank) * (m.a.shape[1] * m.a.element_size() + m.b.shape[0] * m.b.element_size())
+        for m in adapter.modules.values()
+    )

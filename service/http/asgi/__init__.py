@@ -1,0 +1,1 @@
+"""Around every route: connections, keys, limits, logs, and the form of refusals."""

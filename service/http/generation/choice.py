@@ -1,0 +1,114 @@
+"""Which adapter and rank serve a request, and what is predicted of it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.core import SamplingParams
+from service.errors import SloUnattainable
+from service.http.adapters.registry import ServedAdapter
+from service.http.generation.measurement import Measurement
+from service.http.generation.selection import Selection
+from service.http.metrics import BASE_LABEL
+from service.http.services import Services
+from service.keys import ApiKey
+from service.rank.forecast import Ask
+from service.rank.rank_policy import RankDecision, decide
+from service.slo import Slo, Times
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves a request.
+
+    Attributes:
+        adapter, decision: None for the base model.
+        slo: the objectives that it is measured by.
+        predicted: its times at its rank; None while nothing can be predicted.
+        in_flight: requests that it finds in flight, where something is predicted.
+    """
+
+    adapter: ServedAdapter | None
+    decision: RankDecision | None
+    slo: Slo
+    predicted: Times | None = None
+    in_flight: int = 0
+
+    @property
+    def version(self) -> str | None:
+        """Of the adapter."""
+        return self.adapter.version if self.adapter else None
+
+    @property
+    def rank(self) -> int:
+        """0 for the base model."""
+        return self.decision.rank if self.decision else 0
+
+    def measurement(self, services: Services, arrived_at: float) -> Measurement:
+        """Follow the request from now on; `arrived_at` as `choose` has it."""
+        return Measurement(
+            services.auto_rank,
+            services.metrics,
+            slo=self.slo,
+            policy=self.decision.policy if self.decision else BASE_LABEL,
+            rank=self.rank,
+            predicted=self.predicted,
+            in_flight=self.in_flight,
+            arrived_at=arrived_at,
+        )
+
+
+def ask_of(prompt_tokens: int, sampling: SamplingParams) -> Ask:
+    """The work of one sequence."""
+    most = sampling.max_new_tokens
+    can_end_early = not sampling.ignore_eos or sampling.stop or sampling.stop_token_ids
+    return Ask(prompt_tokens, most, max(1, sampling.min_new_tokens) if can_end_early else most)
+
+
+def largest(asks: Sequence[Ask]) -> Ask:
+    """One that takes as long as any of a request's sequences, of which there is at least one."""
+    return Ask(
+        max(each.prompt_tokens for each in asks),
+        max(each.new_tokens for each in asks),
+        max(each.least_tokens for each in asks),
+    )
+
+
+def choose(services: Services, selection: Selection, caller: ApiKey, ask: Ask | None = None, arrived_at: float = 0.0) -> Choice:
+    """Look the adapter up and decide on its rank.
+
+    Args:
+        ask: the work; None while the prompt is not tokenised, when only the names and the rank can be checked.
+        arrived_at: moment of `time.monotonic`.
+
+    Raises:
+        UnknownAdapter, AdapterUnfit, NotReady: as AdapterRegistry.resolve.
+        IllegalRank, InvalidRequest: as rank_policy.decide.
+        SloUnattainable: counted already.
+    """
+    try:
+        return _choose(services, selection, caller, ask, arrived_at)
+    except SloUnattainable as error:
+        services.metrics.slo(error.policy, "refused")
+        raise
+
+
+def _choose(services: Services, selection: Selection, caller: ApiKey, ask: Ask | None, arrived_at: float) -> Choice:
+    adapter = None if selection.adapter is None else services.registry.resolve(selection.adapter, caller.name)
+    version = adapter.version if adapter else None
+    outlook = services.auto_rank.outlook(version, ask, arrived_at) if ask else None
+    in_flight = outlook.forecast.load.in_flight if outlook else 0
+    if adapter is None:
+        if outlook is not None:
+            outlook.check_possible(selection.slo, 0, BASE_LABEL)
+        return Choice(None, None, selection.slo, outlook.at(0) if outlook else None, in_flight)
+    policies = services.policies.with_default(caller.rank_policy or services.settings.adapter_policies.get(adapter.name))
+    decision = decide(
+        selection.rank, selection.policy, adapter.facts, policies, caller.bounds, slo=selection.slo, outlook=outlook
+    )
+    return Choice(adapter, decision, decision.slo, decision.predicted, in_flight)
+
+
+def monotonic_of(loop_time: float, loop_now: float) -> float:
+    """A moment of the event loop's clock on that of `time.monotonic`, which the engine's thread reads."""
+    return time.monotonic() - (loop_now - loop_time)

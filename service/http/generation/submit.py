@@ -1,0 +1,195 @@
+"""From a task to a request that the engine has taken. Knows neither HTTP nor schemas; every generating route comes here."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from anyio import CapacityLimiter, to_thread
+
+from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams
+from service.errors import InvalidRequest, UnknownAdapter
+from service.http.adapters.registry import ServedAdapter
+from service.http.generation.arrival import Arrival
+from service.http.generation.choice import Choice, ask_of, choose, largest, monotonic_of
+from service.http.generation.fan_out import FanOut, sequence_seed
+from service.http.generation.measurement import Measurement, SequenceMeasurement
+from service.http.generation.selection import select
+from service.http.generation.stream import EventStream
+from service.http.generation.token_limits import TokenLimits
+from service.http.generation.tracking import RequestTracker, TrackedRequest
+from service.http.latencies import Latencies
+from service.http.services import Services
+from service.http.shadow import Followed
+from service.rank.rank_policy import RankDecision, RankWish
+from service.slo import NO_SLO, Slo
+
+_SUBMIT_TRIES = 3
+"""How often a name is looked up again when its version was unloaded between look-up and submit."""
+
+_tokenizer_thread = CapacityLimiter(1)
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a request asks for, whatever schema it came in.
+
+    Attributes:
+        adapter, rank, policy: as the body names them; `select` joins them with the headers.
+        encode: token ids of each prompt. Called in a thread.
+        sampling: what the engine is to be told of a prompt of so many tokens. Raises InvalidRequest.
+        copies: how many sequences to make of each prompt.
+        slo: its latency objectives, perhaps none.
+        adapter_field, copies_field: what the schema calls them, for errors; how_to_sample: what it takes to draw tokens.
+    """
+
+    adapter: str | None
+    rank: RankWish
+    policy: str | None
+    encode: Callable[[EngineProtocol], tuple[tuple[int, ...], ...]]
+    sampling: Callable[[int, TokenLimits], SamplingParams]
+    copies: int = 1
+    slo: Slo = NO_SLO
+    adapter_field: str = "adapter_id"
+    copies_field: str = "best_of"
+    how_to_sample: str = "do_sample"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A request that the engine has taken, as one or several sequences.
+
+    Attributes:
+        sequences: those of the first prompt, then those of the second, and so on.
+        prompts: token ids of each prompt.
+        samplings: what the engine was told of each sequence; the first one's seed is drawn here unless given.
+        adapter: what serves it, None for the base model.
+        decision: its rank, None for the base model.
+        measurement: of its latency, against what was predicted and demanded.
+    """
+
+    sequences: FanOut
+    prompts: tuple[tuple[int, ...], ...]
+    samplings: tuple[SamplingParams, ...]
+    adapter: ServedAdapter | None
+    decision: RankDecision | None
+    measurement: Measurement
+
+
+async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
+    """Tokenise, check, choose the rank and hand over. Whoever gets the result must close its sequences.
+
+    The engine gets request ids of our own, which no client can repeat.
+
+    Raises:
+        InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
+        NotReady, QueueFull, Draining: not now.
+        DeadlinePassed: too late already.
+        SloUnattainable: its latency objectives can't be met.
+    """
+    services.check_accepting()
+    caller, settings = arrival.caller, services.settings
+    deadline = arrival.deadline(settings.request_timeout_s)
+    headers, default = arrival.headers, caller.default_adapter
+    selection = select(task.adapter, task.rank, task.policy, headers, default, field=task.adapter_field, slo=task.slo)
+    choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
+    prompts = await tokenizing(task.encode, services.engine)
+    limits = TokenLimits.of(settings, services.engine.model)
+    asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
+    arrived_at = monotonic_of(arrival.arrived_at, asyncio.get_running_loop().time())
+    deadline.check()
+    for attempt in range(1, _SUBMIT_TRIES + 1):
+        choice = choose(services, selection, caller, largest([ask_of(len(prompt), each) for prompt, each in asked]), arrived_at)
+        measurement = choice.measurement(services, arrived_at)
+        sequences = _fan_out(services, asked, arrival, choice, measurement)
+        try:
+            sequences.submit()
+        except UnknownAdapter:
+            if attempt == _SUBMIT_TRIES or choice.adapter is None:
+                raise UnknownAdapter(selection.adapter or "") from None
+            continue
+        break
+    sequences.cut_at(deadline.at, deadline.error())
+    if choice.decision is not None:
+        services.metrics.decided(choice.decision)
+    samplings = tuple(sampling for _, sampling in asked)
+    return Submitted(sequences, prompts, samplings, choice.adapter, choice.decision, measurement)
+
+
+async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol) -> Made:
+    """What needs the engine's tokenizer, off the event loop, because a long text takes long; one at a time, because fast
+    tokenizers are not re-entrant.
+    """
+    return await to_thread.run_sync(work, engine, limiter=_tokenizer_thread)
+
+
+def _remembering(on_event: EventSink, latencies: Latencies, request: TrackedRequest) -> EventSink:
+    """Also remember how long a request of an adapter took."""
+    adapter = request.adapter
+    if adapter is None:
+        return on_event
+
+    def hear(event: Event) -> None:
+        on_event(event)
+        if isinstance(event, Finished):
+            latencies.add(adapter, request.rank, event.usage)
+
+    return hear
+
+
+def _copies(sampling: SamplingParams, task: Task) -> tuple[SamplingParams, ...]:
+    """What each sequence of a prompt is told. The prompt's log-probabilities are the same in all: one computes them."""
+    if task.copies > 1 and not sampling.do_sample:
+        message = f"{task.copies} greedy answers would be the same; legal: 1, or sample ({task.how_to_sample})"
+        raise InvalidRequest(task.copies_field, message)
+    others = replace(sampling, prompt_logprobs=False)
+    return sampling, *(replace(others, seed=sequence_seed(sampling.seed, copy)) for copy in range(1, task.copies))
+
+
+def _fan_out(
+    services: Services,
+    asked: Sequence[tuple[tuple[int, ...], SamplingParams]],
+    arrival: Arrival,
+    chosen: Choice,
+    measurement: Measurement,
+) -> FanOut:
+    adapter = chosen.adapter.name if chosen.adapter else None
+    choice = chosen.adapter.choice(chosen.rank) if chosen.adapter else None
+    full = chosen.adapter.choice(chosen.adapter.facts.ranks[-1]) if chosen.adapter else None
+    reason = chosen.decision.reason if chosen.decision else None
+    max_unread = services.settings.max_unread_tokens if arrival.is_streamed else None
+    arrived = asyncio.Event()
+    group = secrets.token_hex(8)
+    streams = []
+    for prompt_ids, sampling in asked:
+        tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
+        tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
+        measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling))
+        followed = services.shadow.follow(adapter, prompt_ids, choice, full)
+        request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group)
+        # Measured first: whoever hears of the end may ask for the verdict at once.
+        on_event = _all(measured.on_event, _remembering(tracker.on_event, services.latencies, tracked), followed.on_event)
+        submitting = _submitting(measured, followed)
+        streams.append(EventStream(services.engine, request, on_event, max_unread, arrived, submitting))
+    return FanOut(streams, arrived)
+
+
+def _all(*sinks: EventSink) -> EventSink:
+    def hear(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return hear
+
+
+def _submitting(measured: SequenceMeasurement, followed: Followed) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def submitting() -> Iterator[None]:
+        with measured.in_flight(), followed.in_flight():
+            yield
+
+    return submitting

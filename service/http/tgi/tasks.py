@@ -1,0 +1,72 @@
+"""What a body of /generate asks for."""
+
+import secrets
+
+from service.core import EngineProtocol, SamplingParams
+from service.http.generation.submit import Task
+from service.http.generation.token_limits import TokenFields, TokenLimits
+from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
+
+FIELDS = TokenFields("inputs", "max_new_tokens", "min_new_tokens", "truncate")
+SEED_BITS = 53
+"""Of a seed that is drawn: what every JSON reader keeps exactly."""
+
+
+def generate_task(body: GenerateRequest) -> Task:
+    """The task of a checked body."""
+    parameters = body.parameters
+
+    def encode(engine: EngineProtocol) -> tuple[tuple[int, ...], ...]:
+        prompt_ids = engine.encode(body.inputs)
+        return (prompt_ids[-parameters.truncate :] if parameters.truncate else prompt_ids,)
+
+    def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:
+        least = parameters.min_new_tokens or 0
+        new_tokens = limits.new_tokens(prompt_tokens, parameters.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, least, FIELDS)
+        return _sampling(parameters, new_tokens)
+
+    return Task(
+        adapter=parameters.adapter_id,
+        rank=parameters.rank,
+        policy=parameters.rank_policy,
+        encode=encode,
+        sampling=sampling,
+        copies=parameters.best_of or 1,
+        slo=parameters.slo,
+    )
+
+
+def _sampling(parameters: GenerateParameters, new_tokens: int) -> SamplingParams:
+    do_sample = parameters.is_sampling
+    temperature = parameters.temperature
+    return SamplingParams(
+        max_new_tokens=new_tokens,
+        min_new_tokens=parameters.min_new_tokens or 0,
+        repetition_penalty=given_or(parameters.repetition_penalty, 1.0),
+        presence_penalty=given_or(parameters.presence_penalty, 0.0),
+        frequency_penalty=given_or(parameters.frequency_penalty, 0.0),
+        logit_bias=tuple(parameters.logit_bias.items()),
+        do_sample=do_sample,
+        temperature=temperature if do_sample and temperature is not None else 1.0,
+        top_k=parameters.top_k,
+        top_p=given_or(parameters.top_p, 1.0),
+        min_p=given_or(parameters.min_p, 0.0),
+        typical_p=given_or(parameters.typical_p, 1.0),
+        seed=drawn_seed() if parameters.seed is None else parameters.seed,
+        stop=tuple(parameters.stop),
+        stop_token_ids=tuple(parameters.stop_token_ids),
+        include_stop=parameters.include_stop_str_in_output,
+        ignore_eos=parameters.ignore_eos_token,
+        alternatives=max(parameters.top_n_tokens or 0, parameters.return_k_alternatives or 0),
+        prompt_logprobs=parameters.decoder_input_details,
+    )
+
+
+def given_or(value: float | None, neutral: float) -> float:
+    """`value`, or what asks for nothing where it is null."""
+    return neutral if value is None else value
+
+
+def drawn_seed() -> int:
+    """A seed where the client leaves it to us."""
+    return secrets.randbits(SEED_BITS)
