@@ -23,10 +23,11 @@ from adapters.demo.recipe import load_base
 from adapters.errors import AdapterError, DataError, IllegalRank, InvalidAdapter
 from adapters.evaluation.attach import AttachedAdapter
 from adapters.evaluation.completions import LOSS, CompletionSet
+from adapters.evaluation.findings import Verdict
 from adapters.evaluation.generation import Decoding, generate
 from adapters.evaluation.measurement import Measurement, measure
 from adapters.evaluation.names import MetricName
-from adapters.evaluation.report import Report, Verdict, report_of
+from adapters.evaluation.report import Report, report_of
 from adapters.evaluation.report_table import markdown_table, text_table
 from adapters.evaluation.text_metrics import BLEU
 from adapters.quality import QualityProfile

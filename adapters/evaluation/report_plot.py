@@ -3,14 +3,14 @@
 from matplotlib.figure import Figure
 
 from adapters.evaluation.completions import PERPLEXITY
-from adapters.evaluation.report import MetricReport, Report
+from adapters.evaluation.findings import Findings, MetricReport
 from adapters.evaluation.resampling import CONFIDENCE
 from adapters.plots.line_plot import Level, Panel, Series, panels
 
 _UNITS = {"loss per completion token": "nats", "loss per token": "nats", "loss per example": "nats"}
 
 
-def report_figure(report: Report) -> Figure:
+def report_figure(report: Findings) -> Figure:
     """Each metric's value and 95% band over the rank; base and full rank as dashed lines.
 
     Perplexity is left out where the loss is there: it is the same curve on another axis.
@@ -24,7 +24,7 @@ def report_figure(report: Report) -> Figure:
     return panels([_panel(metric, report) for metric in shown], columns=columns, title=report.title, caption=caption)
 
 
-def _panel(metric: MetricReport, report: Report) -> Panel:
+def _panel(metric: MetricReport, report: Findings) -> Panel:
     ranks = report.ranks
     estimates = [metric.by_rank[rank] for rank in ranks]
     series = Series(

@@ -10,6 +10,8 @@ from adapters.training.settings import OptimizerName, SchedulerName, TrainSettin
 
 R_MAX = 8
 RANKS = tuple(range(1, R_MAX + 1))
+FIRST_RANKS = (8, 1, 2, 4)
+"""LoRA is trained at these before the ranks between: they say most of what there is to say."""
 ALPHA = 16.0
 SEEDS = (0, 1, 2)
 
@@ -247,7 +249,9 @@ def plan(
     ideas: bool = True,
     trials: bool = False,
 ) -> tuple[Run, ...]:
-    """Every run, in order: task by task, seed by seed, what the comparison can't do without first.
+    """Every run, in order: what the comparison can't do without first, task by task and seed by seed, then the ranks between.
+
+    The largest base comes last with all of its runs.
 
     Args:
         tasks: names; all unless given.
@@ -255,28 +259,31 @@ def plan(
         ideas: the IDEAS as well, after the first task's other runs.
         trials: only the learning-rate trials.
     """
-    runs: list[Run] = []
-    for task in TASKS:
-        if tasks and task.name not in tasks:
-            continue
-        if trials:
-            runs += _trials(task, seeds[0])
-            continue
-        for seed in seeds:
-            runs += _comparison(task, seed)
-        if ideas and task.name == IDEAS_TASK:
-            runs += [nested_run(task, idea, seeds[0]) for idea in IDEAS]
+    chosen = [task for task in TASKS if not tasks or task.name in tasks]
+    if trials:
+        runs = [run for task in chosen for run in _trials(task, seeds[0])]
+    else:
+        runs = [run for task in chosen for run in _of_task(task, seeds, ideas)]
+        runs.sort(key=lambda run: (run.task.base is Base.CAUSAL, run.rank is not None and run.rank not in FIRST_RANKS))
     return tuple(run if max_steps is None else _cut(run, max_steps) for run in runs)
 
 
+def _of_task(task: Task, seeds: Sequence[int], ideas: bool) -> Iterator[Run]:
+    for seed in seeds:
+        yield from _comparison(task, seed)
+    if ideas and task.name == IDEAS_TASK:
+        yield from (nested_run(task, idea, seeds[0]) for idea in IDEAS)
+
+
 def _comparison(task: Task, seed: int) -> Iterator[Run]:
-    yield lora_run(task, R_MAX, seed)
+    for rank in FIRST_RANKS:
+        yield lora_run(task, rank, seed)
     yield from (nested_run(task, nested, seed) for nested in (PAPER_METHODS[0], BEST, ROWS, *PAPER_METHODS[1:]))
-    yield from (lora_run(task, rank, seed) for rank in RANKS[:-1])
+    yield from (lora_run(task, rank, seed) for rank in RANKS if rank not in FIRST_RANKS)
     if BEST.optim is OptimizerName.MUON:
-        # The same optimiser for both sides, so that nesting alone is compared. The powers of two will do.
+        # The same optimiser for both sides, so that nesting alone is compared.
         optimiser = replace(task.settings, optim=BEST.optim, learning_rate=BEST.learning_rate or task.settings.learning_rate)
-        for rank in (1, 2, 4, 8):
+        for rank in FIRST_RANKS:
             yield replace(lora_run(task, rank, seed), method=LORA_BEST_OPTIMISER, settings=replace(optimiser, seed=seed))
 
 
