@@ -23,7 +23,8 @@ OPTIONS: dict[str, Any] = {"r_max": 4, "max_steps": 60, "learning_rate": 1e-2, "
 def test_an_adapter_is_trained_on_a_packed_base(tmp_path: Path, bits: str, bf16: bool) -> None:
     base, data = model_folder(tmp_path / "base"), write_pairs(tmp_path / "data.jsonl")
     start = train(base, data, tmp_path / "start", **{bits: True, "bf16": bf16, **OPTIONS, "max_steps": 1})
-    report = train(base, data, tmp_path / "out", gradient_checkpointing=True, **{bits: True, "bf16": bf16, **OPTIONS})
+    more = {"gradient_checkpointing": True, "eval_data": data, "eval_steps": 20}  # it goes on after an evaluation
+    report = train(base, data, tmp_path / "out", **more, **{bits: True, "bf16": bf16, **OPTIONS})
     for rank in (1, 4):
         assert report.metrics[f"eval_rank_{rank}_loss"] < 0.8 * start.metrics[f"eval_rank_{rank}_loss"]
     adapter = read_peft(tmp_path / "out")

@@ -279,7 +279,7 @@ class DyLoRATrainer(PairTrainer):
     @torch.no_grad()
     def _totals(self, batches: DataLoader[Any], rank: int) -> tuple[float, float, float]:
         """Loss, tokens (or texts) and hits over `batches` at the selected rank, from all processes; each row counts once."""
-        self._module.eval()
+        evaluation_mode(self._module)
         totals = torch.zeros(3, dtype=torch.float64)
         is_silent = self.args.disable_tqdm or not self.is_world_process_zero()
         for batch in tqdm(batches, desc=f"evaluating rank {rank}", unit="batch", leave=False, disable=is_silent):
@@ -296,6 +296,18 @@ class DyLoRATrainer(PairTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(model or self._module, Path(resume_from_checkpoint))
+
+
+def evaluation_mode(model: nn.Module) -> None:
+    """`model.eval()`, but for the layers that bitsandbytes packed in 4 bits, which compute the same in both modes.
+
+    On leaving training mode they are packed anew on a CPU, in a form that only large layers have and that gradients can't
+    pass (bitsandbytes 0.50).
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()
 
 
 def _measured(entry: Mapping[str, float]) -> dict[str, float]:
