@@ -26,7 +26,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-slow test-gpu docker-test check lint types format demo-model paper bench bench-http slo lock clean
+.PHONY: help setup serve test test-slow test-triton test-gpu docker-test check lint types format demo-model paper bench bench-http slo lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,8 +47,13 @@ test: $(READY) ## Run the whole test suite, apart from what is marked slow or gp
 test-slow: $(READY) ## Run the tests that take minutes
 	$(PYTEST) -m "slow and not gpu and not docker" --timeout 1800 $(ARGS)
 
+test-triton: $(READY) ## Run the GPU's kernels in Triton's interpreter, which needs no GPU (installs triton, a gigabyte)
+	@$(BIN)/python -c "import triton" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[gpu]"
+	TRITON_INTERPRET=1 $(PYTEST) -n $(TEST_WORKERS) --maxprocesses 4 --dist worksteal $(ARGS) tests/test_cuda_*.py
+
 test-gpu: $(READY) ## Run the tests that need a CUDA device
-	$(PYTEST) -m gpu --timeout 1800 $(ARGS)
+	TRITON_INTERPRET=0 $(PYTEST) -m gpu --timeout 1800 $(ARGS)
 
 docker-test: $(READY) ## Build the image, run it and its Prometheus with podman (Debian: podman buildah runc prometheus mmdebstrap ..)
 	$(PYTEST) -m docker --timeout 3000 $(ARGS) tests/containers

@@ -24,6 +24,7 @@ from service.core import (
     StepReport,
     TokenEvent,
 )
+from service.engine.backend import Backend
 from service.engine.engine import Engine, EngineOptions
 from service.engine.model import prepare_model
 from service.engine.sites import Site, site_kind
@@ -119,9 +120,10 @@ def running_engine(
     adapters: Mapping[str, Adapter] | None = None,
     options: EngineOptions | None = None,
     observer: EngineObserver | None = None,
+    backend: Backend | None = None,
 ) -> Iterator[Engine]:
     """An engine that is started, and that must hold nothing when the block ends."""
-    engine = Engine(prepare_model(model, character_tokenizer(), name="tiny"), options, observer)
+    engine = Engine(prepare_model(model, character_tokenizer(), name="tiny"), options, observer, backend)
     for version, adapter in (adapters or {}).items():
         engine.load(version, adapter)
     engine.start()

@@ -21,10 +21,13 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("choice", "service.rank", "latency_model load forecast margins latency_policy quality_curve rank_policy"),
     ("bookkeeping", "service.engine", "prefix_hash blocks fair_queue scheduler step_costs"),
     ("kernels", "service.engine.native", "build kernels"),
+    ("kernels for GPUs", "service.engine.cuda", "products device_ints lora_kernels lora_product attention_kernels"),
     ("tensors", "service.engine", "operators attention kv_cache sites adapted mixed lora merged merge_worker model compiled"),
     ("tokens", "service.engine", "filters random_numbers token_counts sampling vocabulary prompts stops text"),
     ("runner", "service.engine", "ticket runner model_check planner"),
-    ("engine", "service.engine", "engine fake_engine"),
+    ("backends", "service.engine", "backend"),
+    ("on a GPU", "service.engine.cuda", "paged_attention graphs backend"),
+    ("engine", "service.engine", "backend_choice engine fake_engine"),
     ("latency", "service.latency", "sweep cache start"),
     ("around the engine", "service.http", "error_table metrics limits tenants auto_rank shadow tracing latencies"),
     ("a request's events", "service.http.generation", "stream tracking measurement"),
@@ -62,6 +65,7 @@ MAY_IMPORT = {
     ),
     "opentelemetry": ("service.http.tracing",),
     "uvicorn": ("service.http.asgi.connection", "service.http.server", "service.cli"),
+    "triton": ("service.engine.cuda.*",),
     "peft": ("adapters.training.*", "adapters.evaluation.*", "adapters.paper.*", "adapters.demo.*"),
 }
 """Who may import a third party; everyone else may not."""

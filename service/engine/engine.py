@@ -9,8 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
-import torch
-
 from adapters.adapter import Adapter
 from service.core import (
     Aborted,
@@ -25,13 +23,14 @@ from service.core import (
     ModelFacts,
 )
 from service.engine.attention import number_layers
+from service.engine.backend import Backend
+from service.engine.backend_choice import backend_for
 from service.engine.blocks import BlockPool
 from service.engine.compiled import CompiledBlocks, blocks_of, wants_compilation
 from service.engine.kv_cache import KVCache
 from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel
 from service.engine.model_check import Reference
-from service.engine.native.kernels import kernels
 from service.engine.planner import Planner
 from service.engine.prompts import Prompts
 from service.engine.runner import Runner, pack
@@ -83,8 +82,12 @@ class Engine:
         loaded: LoadedModel,
         options: EngineOptions | None = None,
         observer: EngineObserver | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Reserve the caches and check that the model can be served.
+
+        Args:
+            backend: the fastest for the model's device and format unless given.
 
         Raises:
             ModelRefused: packed rows do not give the model's own answers, or the cache can't hold a single request.
@@ -94,25 +97,21 @@ class Engine:
         self._options = options
         self._observer = observer
         dtype, device = loaded.model.dtype, loaded.model.device
-        is_served = device.type == "cpu" and dtype is torch.float32
-        found = kernels() if is_served and options.compile is not Compile.OFF else None
+        backend = backend or backend_for(loaded, options.compile)
         block_bytes = KVCache.token_bytes(loaded.layers, dtype) * options.kv_block_tokens
         most = options.max_running * -(-loaded.max_context_tokens // options.kv_block_tokens)
         self._pool = BlockPool(max(4, min(options.kv_cache_bytes // block_bytes, most)), options.kv_block_tokens)
-        cache = KVCache(
-            loaded.layers,
-            total_blocks=self._pool.total,
-            block_tokens=options.kv_block_tokens,
-            dtype=dtype,
-            device=device,
-            kernels=found,
-        )
-        self._runner = Runner(loaded, cache, found)
+        room = {"total_blocks": self._pool.total, "block_tokens": options.kv_block_tokens}
+        cache = backend.cache(loaded.layers, **room, dtype=dtype, device=device)
+        graphs = backend.graphs(loaded, most_rows=options.max_running)
+        self._runner = Runner(loaded, cache, backend.kernels, graphs)
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._prompts = Prompts(loaded.tokenizer)
         facts = loaded.facts  # like the reference, from the model as it came: packing unties weights
         reference = Reference(loaded)
-        self._bank = LoraBank(loaded.model, loaded.model.get_input_embeddings(), kernels=found)
+        self._bank = LoraBank(
+            loaded.model, loaded.model.get_input_embeddings(), kernels=backend.kernels, product=backend.product
+        )
         reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
         if wants_compilation(options.compile, loaded):
             self._bank.adapt_linear(blocks_of(loaded))

@@ -62,14 +62,7 @@ class KVCache:
         is_served = dtype is torch.float32 and device.type == "cpu" and not any(dim % LANES for dim in dims)
         self._kernels = kernels if is_served else None
         self._scratch = Scratch()
-        # Zeros, not garbage: padded positions are read and weighted with 0, and 0 * NaN is NaN.
-        self._layers = {
-            module: (
-                torch.zeros(total_blocks, block_tokens, shape.kv_heads, shape.head_dim, dtype=dtype, device=device),
-                torch.zeros(total_blocks, block_tokens, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
-            )
-            for module, shape in layers.items()
-        }
+        self._layers = layer_tensors(layers, total_blocks=total_blocks, block_tokens=block_tokens, dtype=dtype, device=device)
 
     @staticmethod
     def token_bytes(layers: Mapping[nn.Module, LayerShape], dtype: torch.dtype) -> int:
@@ -79,6 +72,18 @@ class KVCache:
     def plan(self, spans: Sequence[Span]) -> "PagedAttention":
         """Lay out one step's rows, packed in the order of `spans`."""
         return PagedAttention(self._layers, self.block_tokens, spans, self.device, self._scratch, self._kernels)
+
+
+def layer_tensors(
+    layers: Mapping[nn.Module, LayerShape], *, total_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Each layer's keys and values, [blocks, block_tokens, kv_heads, dim]."""
+
+    def zeros(shape: LayerShape, dim: int) -> Tensor:
+        # Not garbage: padded positions are read and weighted with 0, and 0 * NaN is NaN.
+        return torch.zeros(total_blocks, block_tokens, shape.kv_heads, dim, dtype=dtype, device=device)
+
+    return {module: (zeros(shape, shape.head_dim), zeros(shape, shape.value_dim)) for module, shape in layers.items()}
 
 
 class Scratch:
@@ -128,7 +133,7 @@ class PagedAttention:
         self._block_tokens = block_tokens
         self._device = device
         self._scratch = scratch
-        slots = [slot for span in spans for slot in _slots(span, block_tokens)]
+        slots = [slot for span in spans for slot in slots_of(span, block_tokens)]
         self._write_slots = torch.tensor(slots, device=device)  # [rows]
         self._prefills: list[tuple[int, Span]] = []
         self._decodes: list[Span] = []
@@ -260,7 +265,7 @@ def _seen_blocks(span: Span, window: int | None, block_tokens: int) -> range:
     return range(first // block_tokens, -(-span.end // block_tokens))
 
 
-def _slots(span: Span, block_tokens: int) -> list[int]:
+def slots_of(span: Span, block_tokens: int) -> list[int]:
     """Where the keys and values of the span's own rows go, counted in tokens over all blocks."""
     return [span.blocks[at // block_tokens] * block_tokens + at % block_tokens for at in range(span.start, span.end)]
 

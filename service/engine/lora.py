@@ -13,7 +13,7 @@ from adapters.adapter import Adapter
 from adapters.errors import InvalidAdapter
 from service.core import AdapterChoice
 from service.engine.adapted import AdaptedModule, replaced_parameters, touched_modules
-from service.engine.mixed import ActiveColumns, MixedStep
+from service.engine.mixed import ActiveColumns, LoraProduct, MixedStep
 from service.engine.native.kernels import Kernels
 from service.engine.sites import Site, SiteKind, site_kind
 
@@ -40,9 +40,20 @@ class LoraBank:
     """
 
     def __init__(
-        self, model: nn.Module, token_embedding: nn.Module, *, columns: int = 256, kernels: Kernels | None = None
+        self,
+        model: nn.Module,
+        token_embedding: nn.Module,
+        *,
+        columns: int = 256,
+        kernels: Kernels | None = None,
+        product: LoraProduct | None = None,
     ) -> None:
-        """With `kernels`, the weights that they can compute are packed: from then on the model runs through the bank."""
+        """With `kernels`, the weights that they can compute are packed: from then on the model runs through the bank.
+
+        `product` computes mixed steps where the weights are not packed.
+        """
+        self._product = product
+        self._generation = 0
         self._model = model
         self._originals = dict(model.named_modules())  # as they were before any was adapted
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -81,6 +92,7 @@ class LoraBank:
         if path not in self._adapted:
             self._adapted[path] = AdaptedModule(self.site(path))
             self._model.set_submodule(path, self._adapted[path])
+            self._generation += 1
         return self._adapted[path]
 
     def adapt_linear(self, under: Iterable[str]) -> None:
@@ -131,7 +143,9 @@ class LoraBank:
         if self._active is None or not self._active.covers(ranks):
             self._active = ActiveColumns({version: (starts[version], rank) for version, rank in ranks.items()})
         adapters = {version: self._residents[version].adapter for version in ranks}
-        return MixedStep(self._active, adapters, starts, choices, lengths, kept)
+        return MixedStep(
+            *(self._active, adapters, starts, choices, lengths, kept), product=self._product, generation=self._generation
+        )
 
     def _misfits(self, adapter: Adapter) -> Iterator[str]:
         for path, factors in adapter.modules.items():
@@ -173,6 +187,7 @@ class LoraBank:
             module = self.adapt(path)
             if path in adapter.modules and not module.has_columns:
                 module.resize(self._capacity)
+                self._generation += 1
         self._active = None
         for path, module in self._adapted.items():
             if module.has_columns:
@@ -201,6 +216,7 @@ class LoraBank:
                 self._evict(idle.pop(0))
                 continue
             self._capacity = max(2 * self._capacity, start + columns)
+            self._generation += 1
             for module in self._adapted.values():
                 if module.has_columns:
                     module.resize(self._capacity)

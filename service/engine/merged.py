@@ -23,7 +23,7 @@ class MergeCancelled(Exception):
     """A merge was given up because nobody waits for it any more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergedWeights:
     """Module path to the parameters that run in the place of the base's own.
 

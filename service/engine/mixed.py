@@ -7,12 +7,14 @@ product pair of torch serves every row: with the columns in use of A stacked to 
     y = x W^T + ((x A^T) * mask) B
 
 where mask [rows, columns] is scale(rank) inside the row's own adapter and rank, and 0 elsewhere: rows x (sum of ranks) work.
+Where there is a `LoraProduct`, on a GPU, it computes what the masked pair would, from the bank's columns as they stand.
 What a module needs of the step is laid out once, by the first module that asks, and serves all of them.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +24,16 @@ from service.core import AdapterChoice
 from service.engine.adapted import AdaptedModule, has_special_rows
 from service.engine.native.kernels import BLOCK_ROWS, LoraRows
 from service.engine.sites import SiteKind
+
+
+class LoraProduct(Protocol):
+    """The adapters' product of a linear module for rows of any adapters and ranks."""
+
+    def lay_out(self, owners: Sequence[AdapterChoice | None], starts: Mapping[str, int]) -> Any:
+        """What `add` needs of a step's rows: each row's adapter and rank, and each adapter's first column in the bank."""
+
+    def add(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor, rows: Any) -> None:
+        """Add each row's own update to `out` [rows, out], in place; a [columns, in] and b [columns, out] are the bank's."""
 
 
 class ActiveColumns:
@@ -57,11 +69,23 @@ class ActiveColumns:
 class _Rows:
     """What a module needs to know of the rows it is given: all rows of the step, or those whose logits are computed."""
 
-    def __init__(self, owners: Sequence[AdapterChoice | None], active: ActiveColumns, starts: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        owners: Sequence[AdapterChoice | None],
+        active: ActiveColumns,
+        starts: Mapping[str, int],
+        product: LoraProduct | None,
+    ) -> None:
         """`owners`: each row's adapter and rank; `starts`: each adapter's first column in the bank."""
         self._owners = owners
         self._active = active
         self._starts = starts
+        self._product = product
+
+    @cached_property
+    def laid_out(self) -> Any:
+        """What the product needs of them."""
+        return None if self._product is None else self._product.lay_out(self._owners, self._starts)
 
     def mask(self, like: Tensor) -> Tensor:
         """[rows, columns] in the dtype and on the device of `like`."""
@@ -128,15 +152,27 @@ class MixedStep:
         choices: Sequence[AdapterChoice | None],
         lengths: Sequence[int],
         kept: Tensor,
+        *,
+        product: LoraProduct | None = None,
+        generation: int = 0,
     ) -> None:
         """See `LoraBank.step`; `starts` are the adapters' first columns in the bank."""
         self._active = active
+        self._product = product
+        self.starts = starts
+        self.generation = generation
+        """Of the bank: while it is the same, no column has moved and no other module was adapted."""
         self._targets = frozenset(path for adapter in adapters.values() for path in adapter.modules)
         self._special = {version for version, adapter in adapters.items() if has_special_rows(adapter)}
         owners = [choice for choice, length in zip(choices, lengths, strict=True) for _ in range(length)]
-        every = _Rows(owners, active, starts)
+        self.owners = owners
+        every = _Rows(owners, active, starts, product)
         # Where both have the same length they are the same rows, so the length tells which of the two a module is given.
-        self._by_length = {len(kept): _Rows([owners[row] for row in kept.tolist()], active, starts), len(owners): every}
+        last = every if len(kept) == len(owners) else _Rows([owners[row] for row in kept.tolist()], active, starts, product)
+        self._by_length = {len(kept): last, len(owners): every}
+        embeddings = (each.is_embedding for adapter in adapters.values() for each in adapter.modules.values())
+        self.is_plain = not self._special and not any(embeddings)
+        """Whether the product of linear modules is all that the step's adapters ask for."""
 
     def apply(self, module: AdaptedModule, x: Tensor) -> Tensor:
         """The base's output plus each row's own update."""
@@ -159,6 +195,9 @@ class MixedStep:
         if module.site.kernels is not None:
             if len(rows.blocks.counts):
                 module.site.kernels.add_lora(flat_x, flat_out, module.a, module.b, rows.blocks)
+            return out
+        if self._product is not None and not is_embedding:
+            self._product.add(flat_x, flat_out, module.a, module.b, rows.laid_out)
             return out
         a, b = self._active.factors(module)
         low = a[flat_x] * module.site.embed_scale if is_embedding else flat_x @ a  # [rows, columns]

@@ -1,13 +1,16 @@
 """One step on tensors: a batch of chunks in, sampled tokens out."""
 
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from service.engine.adapted import LoraStep, lora_step
-from service.engine.attention import attention_step
-from service.engine.kv_cache import KVCache, Span
+from service.engine.attention import AttentionStep, attention_step
+from service.engine.kv_cache import Span
 from service.engine.model import LoadedModel
 from service.engine.native.kernels import Kernels
 from service.engine.sampling import Chosen, Sampler, most_probable
@@ -81,13 +84,49 @@ def pack(batch: Batch, device: torch.device) -> Rows:
     )
 
 
+class Cache(Protocol):
+    """The keys and values of all running sequences."""
+
+    def plan(self, spans: Several[Span]) -> AttentionStep:
+        """One step's attention, of rows packed in the order of `spans`."""
+
+
+class Graphs(Protocol):
+    """Steps that were recorded."""
+
+    def logits(self, rows: Rows, step: LoraStep | None) -> Tensor | None:
+        """The step's logits, [rows, vocabulary], good until the next step; None if it has to be run."""
+
+
+def forward(
+    model: PreTrainedModel,
+    *,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    kept: Tensor,
+    attention: AttentionStep,
+    step: LoraStep | None,
+) -> Tensor:
+    """Logits of the rows `kept`, [kept, vocabulary]. Writes all rows' keys and values to the cache.
+
+    Args:
+        input_ids, position_ids: [1, rows].
+        kept: ascending indices of rows.
+    """
+    with torch.inference_mode(), attention_step(attention), lora_step(step):
+        output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=kept)
+    logits: Tensor = output.logits[0]
+    return logits
+
+
 class Runner:
     """Runs the model over packed rows."""
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache, kernels: Kernels | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, cache: Cache, kernels: Kernels | None = None, graphs: Graphs | None = None) -> None:
         self._model = loaded.model
         self._cache = cache
         self._sampler = Sampler(loaded.eos_ids, kernels)
+        self._graphs = graphs
         self.device = loaded.model.device
 
     def logits(self, rows: Rows, step: LoraStep | None) -> Tensor:
@@ -95,14 +134,17 @@ class Runner:
 
         Writes the rows' keys and values to the cache.
         """
-        with torch.inference_mode(), attention_step(self._cache.plan(rows.spans)), lora_step(step):
-            output = self._model(
-                input_ids=rows.input_ids,
-                position_ids=rows.position_ids,
-                use_cache=False,
-                logits_to_keep=rows.kept,
-            )
-        logits: Tensor = output.logits[0]
+        recorded = self._graphs.logits(rows, step) if self._graphs is not None else None
+        if recorded is not None:
+            return recorded
+        logits = forward(
+            self._model,
+            input_ids=rows.input_ids,
+            position_ids=rows.position_ids,
+            kept=rows.kept,
+            attention=self._cache.plan(rows.spans),
+            step=step,
+        )
         return rows.wanted(logits)
 
     def run(self, batch: Batch, rows: Rows, step: LoraStep | None) -> list[Chosen]:

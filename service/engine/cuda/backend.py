@@ -1,0 +1,43 @@
+"""The engine's tensors on a GPU."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from service.engine.backend import Backend
+from service.engine.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder
+from service.engine.cuda.lora_product import TritonProduct
+from service.engine.cuda.paged_attention import MOST_PARTS, TritonCache
+from service.engine.kv_cache import LayerShape
+from service.engine.model import LoadedModel
+
+
+class TritonBackend(Backend):
+    """Triton's kernels for attention and the adapters' product, and graphs of decode steps."""
+
+    def __init__(self, device: torch.device, recorder: Recorder | None = None, *, parts: int = MOST_PARTS) -> None:
+        """`recorder`: None for CUDA's own graphs. `parts`: programs that share the keys of a decode row."""
+        self.product: TritonProduct = TritonProduct(device)
+        self._recorder = recorder
+        self._parts = parts
+
+    def cache(
+        self,
+        layers: Mapping[nn.Module, LayerShape],
+        *,
+        total_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> TritonCache:
+        """Room for keys and values."""
+        own = {"total_blocks": total_blocks, "block_tokens": block_tokens}
+        self._cache = TritonCache(layers, **own, dtype=dtype, device=device, parts=self._parts)
+        return self._cache
+
+    def graphs(self, loaded: LoadedModel, *, most_rows: int) -> DecodeGraphs:
+        """Graphs over the cache made last."""
+        blocks = most_rows * -(-loaded.max_context_tokens // self._cache.block_tokens)
+        recorder = self._recorder or CudaRecorder()
+        return DecodeGraphs(loaded, self._cache, self.product, recorder, most_rows=most_rows, most_blocks=blocks)
