@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,14 @@ def test_mean_spread_distance_and_cost_are_right(results: Path) -> None:
     assert [behind[rank] for rank in (1, 4, 8)] == pytest.approx([10, 10, -10])
     assert distance(found, TASK, WAYS[2], "accuracy")[8] == pytest.approx(10)
     spent = cost(found, TASK, BEST.name)
-    assert spent is not None and (spent.one_run, spent.sweep) == (16, 80)
+    assert spent is not None and (spent.one_run, spent.sweep, spent.ranks) == (16, 80, RANKS)
+
+
+def test_seconds_of_different_processors_are_not_compared(results: Path) -> None:
+    found = list(read_results(results))
+    slow = [replace(r, processor="slow", cpu_seconds=3 * r.cpu_seconds) for r in found if r.rank in (None, 1, 2) and r.seed]
+    spent = cost([*(r for r in found if r.rank in (None, 8)), *slow], TASK, BEST.name)
+    assert spent is not None and (spent.one_run, spent.sweep, spent.ranks) == (48, 240, (1, 2))
 
 
 def test_the_page_has_the_figures_and_keeps_what_was_written_by_hand(results: Path, tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_the_page_has_the_figures_and_keeps_what_was_written_by_hand(results: Pa
         assert text.count("### sst2") == 1
         assert "| LoRA trained at that rank | 1.000 ± 0.200 | 0.500 ± 0.100 |" in text
         assert "| DyLoRA full | +10.0 | +10.0 |" in text
-        assert "| sst2, best | 16 | 80 | 5.0 |" in text
+        assert "| sst2, best | 16 | 80 | 5.0 | 1 to 8 |" in text
     assert {file.name for file in (to / "results").iterdir()} == {"sst2.png", "sst2.svg"}
 
 

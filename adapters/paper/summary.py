@@ -1,7 +1,7 @@
 """What the results say: mean and spread over seeds, distance to LoRA trained at each rank, and cost. Pure."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from adapters.paper.plan import BEST, IDEAS, LORA, LORA_BEST_OPTIMISER, PAPER_METHODS, RANKS, ROWS
@@ -89,24 +89,34 @@ def distance(results: Sequence[Result], task: str, way: Way, metric: str, refere
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU seconds of training, means over seeds.
+    """CPU seconds of training on one kind of processor.
 
     Attributes:
-        one_run: of a nested adapter.
-        sweep: of the LoRA runs at all ranks together; None unless all were run.
+        one_run: of a nested adapter, the mean over seeds.
+        sweep: of LoRA at all ranks: the mean over the ranks that were trained on that processor, times their number, since
+            a run costs the same at each; None where there is none.
+        ranks: of those ranks.
     """
 
     one_run: float
     sweep: float | None
+    ranks: tuple[int, ...]
 
 
 def cost(results: Sequence[Result], task: str, method: str) -> Cost | None:
-    """What a nested adapter costs beside the sweep; None where it wasn't trained."""
-    own = [r.cpu_seconds for r in results if (r.task, r.method) == (task, method)]
-    if not own:
-        return None
-    sweep: Mapping[int, list[float]] = {
-        rank: [r.cpu_seconds for r in results if (r.task, r.method, r.rank) == (task, LORA, rank)] for rank in RANKS
-    }
-    whole = sum(statistics.fmean(each) for each in sweep.values()) if all(sweep.values()) else None
-    return Cost(statistics.fmean(own), whole)
+    """What a nested adapter costs beside the sweep; None where it wasn't trained.
+
+    Of several processors the one on which LoRA was trained at the most ranks: seconds of different ones don't compare.
+    """
+    own = [r for r in results if (r.task, r.method) == (task, method)]
+    found = [_cost([r for r in own if r.processor == each], results, task) for each in {r.processor for r in own}]
+    return max(found, key=lambda cost: len(cost.ranks), default=None)
+
+
+def _cost(own: Sequence[Result], results: Sequence[Result], task: str) -> Cost:
+    lora: dict[int, list[float]] = {}
+    for r in results:
+        if (r.task, r.method, r.processor) == (task, LORA, own[0].processor) and r.rank is not None:
+            lora.setdefault(r.rank, []).append(r.cpu_seconds)
+    sweep = len(RANKS) * statistics.fmean(map(statistics.fmean, lora.values())) if lora else None
+    return Cost(statistics.fmean(r.cpu_seconds for r in own), sweep, tuple(sorted(lora)))

@@ -110,9 +110,19 @@ def costs(results: Sequence[Result], tasks: Sequence[str]) -> str:
             if found is not None:
                 sweep = MISSING if found.sweep is None else f"{found.sweep:.0f}"
                 ratio = MISSING if found.sweep is None else f"{found.sweep / found.one_run:.1f}"
-                rows.append([f"{task}, {nested.name}", f"{found.one_run:.0f}", sweep, ratio])
-    header = ["CPU seconds of training", "one run for all ranks", "eight LoRA runs", "times cheaper"]
+                rows.append([f"{task}, {nested.name}", f"{found.one_run:.0f}", sweep, ratio, _listed(found.ranks)])
+    header = [
+        "CPU seconds of training",
+        "one run for all ranks",
+        "eight LoRA runs",
+        "times cheaper",
+        "eight times the mean of ranks",
+    ]
     return "### Cost\n\n" + markdown(header, rows)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return "1 to 8" if tuple(ranks) == RANKS else ", ".join(map(str, ranks)) or MISSING
 
 
 def step_times(steps: Sequence[StepTimes]) -> str:
