@@ -5,24 +5,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from adapters.commands.train import train
 from tests.training_harness import model_folder, tensors_of, write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
 
 
-def test_two_processes_train_what_one_does_with_the_same_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_what_one_does_with_the_same_batches(tmp_path: Path, launcher: str) -> None:
     """Two gloo processes of 4 examples against one that accumulates twice 4. Sums are taken in another order: 1e-5."""
     base, data = model_folder(tmp_path / "base"), write_pairs(tmp_path / "data.jsonl")
     options = {"r_max": 4, "max_steps": 8, "per_device_train_batch_size": 4, "save_steps": 4, "learning_rate": 1e-2}
     typed = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", *LAUNCHERS[launcher]]
     command = ["-m", "service.cli", "train", "--model", str(base), "--data", str(data), "--out", "two", *typed]
     evaluated = ["--eval-data", str(data), "--per-device-eval-batch-size", "5"]
     done = subprocess.run(
-        [*torchrun, *command, *evaluated, "--disable-tqdm"],
+        [*launch, *command, *evaluated, "--disable-tqdm"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -287,6 +287,8 @@ examples:
       --max-steps 1000 --learning-rate 1e-3 --report-to tensorboard --out ./adapter --resume
   torchrun --standalone --nproc-per-node 2 --no-python dylora train --model ./base --data train.jsonl \\
       --bf16 --out ./adapter
+  accelerate launch --multi_gpu --num_processes 2 --no_python dylora train ...
+      the same, also without a GPU; with its --cpu accelerate starts one process, whatever the number
 
 in Python:
   from adapters import train

@@ -60,12 +60,12 @@ class Task:
     max_new_tokens: int = 0
 
 
-def _settings(steps: int, batch: int, learning_rate: float) -> TrainSettings:
+def _settings(steps: int, batch: int, learning_rate: float, warmup: float = 50) -> TrainSettings:
     return TrainSettings(
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=learning_rate,
-        warmup_steps=50,
+        warmup_steps=warmup,
         lr_scheduler_type=SchedulerName.COSINE,
         save_steps=0,
         disable_tqdm=True,
@@ -97,6 +97,8 @@ def _webnlg(base: Base, settings: TrainSettings, max_tokens: int, max_new_tokens
         train="webnlg2017/train.json",
         dev="webnlg2017/dev.json",
         train_sample=None,
+        dev_sample=200,
+        prompts=24,
     )
 
 
@@ -107,7 +109,7 @@ def _glue(name: str, folder: str, metric: str, steps: int, max_tokens: int = 64)
         data=name,
         train=f"glue/{folder}/train.tsv",
         dev=f"glue/{folder}/dev.tsv",
-        settings=_settings(steps, 32, GLUE_LEARNING_RATE),
+        settings=_settings(steps, 32, GLUE_LEARNING_RATE, warmup=0.1),
         metric=metric,
         max_tokens=max_tokens,
         targets=("query", "value"),
@@ -118,11 +120,11 @@ GLUE_LEARNING_RATE = 4e-3
 
 TASKS: tuple[Task, ...] = (
     _e2e(Base.STORIES, _settings(400, 16, 5e-3), max_tokens=384, max_new_tokens=160),
-    _glue("sst2", "SST-2", "accuracy", steps=400),
-    _glue("cola", "CoLA", "Matthews correlation", steps=400),
-    _glue("mrpc", "MRPC", "accuracy", steps=340),
-    _glue("rte", "RTE", "accuracy", steps=230, max_tokens=128),
-    _webnlg(Base.STORIES, _settings(400, 8, 5e-3), max_tokens=384, max_new_tokens=224),
+    _glue("sst2", "SST-2", "accuracy", steps=200),
+    _glue("cola", "CoLA", "Matthews correlation", steps=200),
+    _glue("mrpc", "MRPC", "accuracy", steps=120),
+    _glue("rte", "RTE", "accuracy", steps=100, max_tokens=96),
+    _webnlg(Base.STORIES, _settings(240, 8, 5e-3), max_tokens=384, max_new_tokens=160),
     _e2e(Base.CAUSAL, _settings(300, 16, 2e-3), max_tokens=384, max_new_tokens=80),
     _webnlg(Base.CAUSAL, _settings(300, 16, 2e-3), max_tokens=384, max_new_tokens=120),
 )
