@@ -156,7 +156,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_offender() -> None:
 
 def weights(numbers: int) -> MergedWeights:
     buffer = torch.zeros(4 * numbers, dtype=torch.uint8)
-    return MergedWeights({"lin": {"weight": buffer.view(torch.float32)}}, buffer)
+    return MergedWeights({"lin": {"weight": buffer.view(torch.float32)}}, buffer, is_plain=True)
 
 
 def test_the_cache_keeps_within_its_bytes_and_drops_the_least_recently_used() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from service.engine.native.kernels import BLOCK_ROWS, PANEL, Kernels, LoraRows, kernels, pack, unpack
+from service.engine.native.kernels import BLOCK_ROWS, PANEL, Kernels, LoraRows, Term, kernels, pack, unpack
 
 found = kernels()
 pytestmark = pytest.mark.skipif(found is None, reason="there is no C compiler")
@@ -19,7 +19,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 40])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 12, 13, 40])
 @pytest.mark.parametrize(("out_features", "in_features"), [(16, 8), (48, 300), (32, 5)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear_is_torchs_and_a_row_is_the_same_alone(
@@ -34,27 +34,35 @@ def test_linear_is_torchs_and_a_row_is_the_same_alone(
         assert torch.equal(native.linear(x[row : row + 1], pack(weight), bias)[0], got[row])
 
 
-def test_each_row_gets_its_own_adapter_rank_and_scale(native: Kernels) -> None:
-    in_features, out_features, columns = 37, 48, 11
+@pytest.mark.parametrize("out_features", [16, 48, 512])
+def test_each_row_gets_its_own_adapter_rank_and_scale(native: Kernels, out_features: int) -> None:
+    in_features, columns = 37, 12
     x, a, b = noise(6, in_features), noise(columns, in_features, seed=1), noise(columns, out_features, seed=2)
-    before = noise(6, out_features, seed=3)
-    # One adapter in columns 0 to 6 with rows 4, 0, 2 at ranks 7, 3, 1; another in columns 7 to 10 with row 5 at rank 4.
+    weight, bias = noise(out_features, in_features, seed=3), noise(out_features, seed=4)
+    # One adapter in columns 0 to 6 with rows 4, 0, 2 at ranks 7, 3, 1; another in columns 7 to 11 with row 5 at rank 4.
     blocks = LoraRows(
         counts=torch.tensor([3, 1]),
         starts=torch.tensor([0, 7]),
+        widths=torch.tensor([7, 5]),
         ranks=torch.tensor([7, 4]),
         rows=torch.tensor([[4, 0, 2, 0], [5, 0, 0, 0]]),
         row_ranks=torch.tensor([[7, 3, 1, 0], [4, 0, 0, 0]]),
         scales=torch.tensor([[0.5, 2.0, 1.0, 0.0], [3.0, 0.0, 0.0, 0.0]]),
     )
     assert blocks.rows.shape[1] == BLOCK_ROWS
-    expected = before.clone()
+    expected = torch.nn.functional.linear(x, weight, bias)
     for row, start, rank, scale in [(4, 0, 7, 0.5), (0, 0, 3, 2.0), (2, 0, 1, 1.0), (5, 7, 4, 3.0)]:
         own = slice(start, start + rank)
         expected[row] += scale * (x[row] @ a[own].T) @ b[own]
-    panels = b.view(columns, out_features // PANEL, PANEL).transpose(0, 1).contiguous()
-    native.add_lora(x, before, a, panels, blocks)
-    torch.testing.assert_close(before, expected, rtol=1e-5, atol=1e-4)
+    panels = torch.cat([each.view(len(each), -1, PANEL).transpose(0, 1).flatten() for each in torch.split(b, [7, 5])]).view(
+        b.shape
+    )
+    separate = native.linear(x, pack(weight), bias)
+    native.add_lora(x, separate, a, panels, blocks)
+    plain, mixed = native.products([Term(pack(weight), bias), Term(pack(weight), bias, a, panels)])(x, blocks)
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(mixed, separate)
+    assert torch.equal(plain, native.linear(x, pack(weight), bias))
 
 
 def test_merging_keeps_the_panels(native: Kernels) -> None:

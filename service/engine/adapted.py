@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter, LowRank
-from service.engine.native.kernels import PANEL
+from service.engine.native.kernels import PANEL, Products, Term
 from service.engine.operators import define_operator, module_of, number_of
 from service.engine.sites import Site
 
@@ -21,6 +21,11 @@ class LoraStep(Protocol):
 
     def apply(self, module: "AdaptedModule", x: Tensor) -> Tensor:
         """The module's output for input `x`."""
+
+
+def current_step() -> LoraStep | None:
+    """How the running step's modules run; None: the base alone."""
+    return _step.get()
 
 
 @contextmanager
@@ -38,7 +43,7 @@ class AdaptedModule(nn.Module):
 
     Attributes:
         a: [columns, in]; no columns before the first adapter targets the module.
-        b: [columns, out], or [out / PANEL, columns, PANEL] where the site's weight is packed.
+        b: [columns, out]; where the site's weight is packed, an adapter's columns stand as [out / PANEL, columns, PANEL].
         bias_rows: version to [out], added to the output.
         replaced: version to parameters that replace the base's own.
     """
@@ -52,6 +57,9 @@ class AdaptedModule(nn.Module):
         self.bias_rows: dict[str, Tensor] = {}
         self.replaced: dict[str, dict[str, Tensor]] = {}
         self._out_features = site.out_features
+        self._products: Products | None = None
+        self.layout = 0
+        """Counts how often `a` and `b` were replaced by larger ones."""
         self._number = number_of(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -75,9 +83,22 @@ class AdaptedModule(nn.Module):
     def run_base(self, x: Tensor) -> Tensor:
         """The base module's own output."""
         if self.site.kernels is not None:
-            return self.site.run(x, {})
+            return self.products(x)[0]
         out: Tensor = self.base(x)
         return out
+
+    @property
+    def term(self) -> Term:
+        """What the kernels are to compute, if the site's weight is packed."""
+        return Term(*self.site.own, self.a, self.b)
+
+    @property
+    def products(self) -> Products:
+        """The kernels' product with the base's weight and, of rows that have them, with adapters."""
+        if self._products is None:
+            assert self.site.kernels is not None
+            self._products = self.site.kernels.products([self.term])
+        return self._products
 
     @property
     def has_columns(self) -> bool:
@@ -88,28 +109,22 @@ class AdaptedModule(nn.Module):
         """Make room for `columns` columns, keeping those held."""
         site, held = self.site, len(self.a)
         a = site.weight.new_zeros(columns, site.in_features)
-        if site.kernels is None:
-            b = site.weight.new_zeros(columns, site.out_features)
-        else:
-            b = site.weight.new_zeros(site.out_features // PANEL, columns, PANEL)
+        b = site.weight.new_zeros(columns, site.out_features)
         if held:
-            a[:held] = self.a
-            self._rows_of(b, slice(held))[:] = self._rows_of(self.b, slice(held))
-        self.a, self.b = a, b
+            a[:held], b[:held] = self.a, self.b
+        self.a, self.b, self._products = a, b, None
+        self.layout += 1
 
     def place(self, columns: slice, factors: LowRank | None) -> None:
         """Write an adapter into its columns. What it does not fill is zero: a former owner must not shine through."""
-        own_b = self._rows_of(self.b, columns)  # [columns, ...]
-        self.a[columns] = 0
-        own_b[:] = 0
+        a, b = self.a[columns], self.b[columns]
+        a.zero_()
+        b.zero_()
         if factors is not None:
-            b = factors.b.T  # [rank, out]
-            self.a[columns][: factors.rank] = factors.a
-            own_b[: factors.rank] = b if self.site.kernels is None else b.reshape(len(b), -1, PANEL)
-
-    def _rows_of(self, b: Tensor, columns: slice) -> Tensor:
-        """A view on some columns of B that has them first, whichever form B has."""
-        return b[columns] if self.site.kernels is None else b[:, columns].transpose(0, 1)
+            a[: factors.rank] = factors.a
+            if self.site.kernels is not None:  # by panels, so that what is read together stands together
+                b = b.view(-1, len(b), PANEL).transpose(0, 1)
+            b[: factors.rank] = factors.b.T.reshape(factors.rank, *b.shape[1:])
 
 
 def _run_module(x: Tensor, number: Tensor, out_features: int) -> Tensor:

@@ -36,11 +36,26 @@ class AttentionCall:
     softcap: float | None
 
 
+@dataclass(frozen=True)
+class Queries:
+    """An attention call of rows whose own keys and values are in the cache already."""
+
+    query: Tensor  # [heads, rows, head_dim]
+    scale: float
+    window: int | None
+    softcap: float | None = None
+
+
 class AttentionStep(Protocol):
     """What the registered attention function asks of the step that runs."""
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """The attention's output, [rows, heads, value_dim]."""
+
+
+def current_attention() -> AttentionStep:
+    """The attention of the step that runs."""
+    return _step.get()
 
 
 class UnsupportedAttention(Exception):

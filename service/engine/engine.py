@@ -31,6 +31,7 @@ from service.engine.kv_cache import KVCache
 from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel
 from service.engine.model_check import Reference
+from service.engine.native_blocks import use_native_blocks
 from service.engine.planner import Planner
 from service.engine.prompts import Prompts
 from service.engine.runner import Runner, pack
@@ -113,7 +114,10 @@ class Engine:
             loaded.model, loaded.model.get_input_embeddings(), kernels=backend.kernels, product=backend.product
         )
         reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
-        if wants_compilation(options.compile, loaded):
+        found = backend.kernels if options.compile is Compile.AUTO else None
+        if found is not None and use_native_blocks(loaded, blocks_of(loaded).values(), found):
+            reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
+        elif wants_compilation(options.compile, loaded):
             self._bank.adapt_linear(blocks_of(loaded))
             number_layers(loaded.layers)
             with CompiledBlocks(loaded):

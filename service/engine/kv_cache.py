@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from service.engine.attention import AttentionCall
+from service.engine.attention import AttentionCall, Queries
 from service.engine.native.kernels import LANES, Kernels
 
 _SHORT_CONTEXT_TOKENS = 256
@@ -169,10 +169,28 @@ class PagedAttention:
         return out
 
     def _attend_natively(self, kernels: Kernels, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
-        query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (call.query, call.key, call.value))
+        key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (call.key, call.value))
         kernels.write_cache(key, value, self._write_slots, keys, values)
+        return self._attend_written(kernels, keys, values, call)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether `attend_written` may be called."""
+        return self._kernels is not None
+
+    def places(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots where the rows' own keys and values go, [rows], and the keys and values of a layer."""
+        return self._write_slots, *self._layers[module]
+
+    def attend_written(self, module: nn.Module, call: Queries) -> Tensor:
+        """As `attend`, once the rows' own keys and values are in their places."""
+        assert self._kernels is not None
+        return self._attend_written(self._kernels, *self._layers[module], call)
+
+    def _attend_written(self, kernels: Kernels, keys: Tensor, values: Tensor, call: AttentionCall | Queries) -> Tensor:
+        query = call.query if call.query.stride(-1) == 1 else call.query.contiguous()
         heads, rows, _ = query.shape
-        out = query.new_empty(rows, heads, value.shape[-1])
+        out = query.new_empty(rows, heads, values.shape[-1])
         if self._decodes:
             ends, tables = self._decode_tables
             seen = {"rows": self._decode_rows, "ends": ends, "tables": tables}
@@ -187,7 +205,7 @@ class PagedAttention:
         tables = [[*span.blocks[:count], *[0] * (max(used) - count)] for span, count in zip(self._decodes, used, strict=True)]
         return torch.tensor([span.end for span in self._decodes]), torch.tensor(tables)
 
-    def _prefill(self, out: Tensor, keys: Tensor, values: Tensor, call: AttentionCall) -> None:
+    def _prefill(self, out: Tensor, keys: Tensor, values: Tensor, call: AttentionCall | Queries) -> None:
         """Attention of the prefill chunks, written to their rows of `out` [rows, heads, value_dim]."""
         for (row, span), (table, mask) in zip(self._prefills, self._prefill_views(call.window), strict=True):
             end = row + span.length
@@ -277,7 +295,7 @@ def _causal_mask(span: Span, positions: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (positions > rows - window)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall | Queries) -> Tensor:
     """Scaled dot-product attention with grouped key/value heads; [batch, heads, queries, dim] in and out."""
     groups = query.shape[1] // key.shape[1]
     if call.softcap is None:

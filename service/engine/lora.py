@@ -7,6 +7,7 @@ adapter serves all of them.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from adapters.adapter import Adapter
@@ -30,6 +31,10 @@ class _Resident:
     @property
     def end(self) -> int:
         return self.start + self.adapter.config.r_max
+
+    @property
+    def columns(self) -> range:
+        return range(self.start, self.end)
 
 
 class LoraBank:
@@ -139,12 +144,12 @@ class LoraBank:
         for choice in choices:
             if choice is not None:
                 ranks[choice.version] = max(choice.rank, ranks.get(choice.version, 0))
-        starts = {version: self._residents[version].start for version in ranks}
+        places = {version: self._residents[version].columns for version in ranks}
         if self._active is None or not self._active.covers(ranks):
-            self._active = ActiveColumns({version: (starts[version], rank) for version, rank in ranks.items()})
+            self._active = ActiveColumns({version: (places[version].start, rank) for version, rank in ranks.items()})
         adapters = {version: self._residents[version].adapter for version in ranks}
         return MixedStep(
-            *(self._active, adapters, starts, choices, lengths, kept), product=self._product, generation=self._generation
+            *(self._active, adapters, places, choices, lengths, kept), product=self._product, generation=self._generation
         )
 
     def _misfits(self, adapter: Adapter) -> Iterator[str]:
@@ -175,11 +180,11 @@ class LoraBank:
                 yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
 
     def _pack(self, kernels: Kernels) -> None:
-        for path in self._originals:
-            packed = self.site(path).packed(kernels)
-            if packed is not None:
-                self._packed[path] = packed
-                self.adapt(path)
+        sites = [site for site in map(self.site, self._originals) if site.can_pack]
+        held = kernels.empty(sum(site.weight.numel() for site in sites))
+        for site, part in zip(sites, torch.split(held, [site.weight.numel() for site in sites]), strict=True):
+            self._packed[site.path] = site.packed(kernels, part.view_as(site.weight))
+            self.adapt(site.path)
 
     def _place(self, version: str, adapter: Adapter) -> _Resident:
         resident = _Resident(version, adapter, self._find_room(adapter.config.r_max))

@@ -2,15 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter
 from service.core import AdapterChoice, CacheStats
-from service.engine.adapted import AdaptedModule, replaced_parameters, touched_modules
-from service.engine.native.kernels import PANEL, Kernels
+from service.engine.adapted import AdaptedModule, has_special_rows, replaced_parameters, touched_modules
+from service.engine.native.kernels import PANEL, Kernels, Products, Term
 from service.engine.sites import Site
 
 _ALIGNMENT_BYTES = 64
@@ -28,11 +28,14 @@ class MergedWeights:
     """Module path to the parameters that run in the place of the base's own.
 
     Attributes:
+        is_plain: whether those are weights of linear layers and embeddings alone.
         buffer: the memory that holds the merged matrices, one after the other; bytes.
     """
 
     parameters: Mapping[str, Mapping[str, Tensor]]
     buffer: Tensor
+    is_plain: bool
+    _products: dict[str, Products] = field(default_factory=dict, init=False)
 
     @property
     def nbytes(self) -> int:
@@ -41,10 +44,16 @@ class MergedWeights:
 
     def apply(self, module: AdaptedModule, x: Tensor) -> Tensor:
         """The module's output with merged weights: this is a whole step's way to run, see `adapted.lora_step`."""
-        merged = self.parameters.get(module.site.path)
+        path, site = module.site.path, module.site
+        merged = self.parameters.get(path)
         if merged is None:
             return module.run_base(x)
-        return module.site.run(x, merged)
+        if site.kernels is None:
+            return site.run(x, merged)
+        if path not in self._products:
+            weight, bias = site.own
+            self._products[path] = site.kernels.products([Term(merged.get("weight", weight), merged.get("bias", bias))])
+        return self._products[path](x)[0]
 
 
 @torch.no_grad()
@@ -95,7 +104,7 @@ def merge(
             added = lora_bias.to(site.weight)
             parameters["bias"] = added if before is None else before + added
         merged[path] = parameters
-    return MergedWeights(merged, buffer)
+    return MergedWeights(merged, buffer, is_plain=not has_special_rows(adapter))
 
 
 def merged_nbytes(adapter: Adapter, site_of: Callable[[str], Site]) -> int:

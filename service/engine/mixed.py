@@ -73,19 +73,19 @@ class _Rows:
         self,
         owners: Sequence[AdapterChoice | None],
         active: ActiveColumns,
-        starts: Mapping[str, int],
+        places: Mapping[str, range],
         product: LoraProduct | None,
     ) -> None:
-        """`owners`: each row's adapter and rank; `starts`: each adapter's first column in the bank."""
+        """`owners`: each row's adapter and rank; `places`: each adapter's columns in the bank."""
         self._owners = owners
         self._active = active
-        self._starts = starts
+        self._places = places
         self._product = product
 
     @cached_property
     def laid_out(self) -> Any:
         """What the product needs of them."""
-        return None if self._product is None else self._product.lay_out(self._owners, self._starts)
+        return None if self._product is None else self._product.lay_out(self._owners, first_columns(self._places))
 
     def mask(self, like: Tensor) -> Tensor:
         """[rows, columns] in the dtype and on the device of `like`."""
@@ -112,7 +112,8 @@ class _Rows:
         padded = [[*rows, *[rows[0]] * (BLOCK_ROWS - len(rows))] for rows in blocks]
         return LoraRows(
             counts=torch.tensor([len(rows) for rows in blocks]),
-            starts=torch.tensor([self._starts[self._version(rows[0])] for rows in blocks]),
+            starts=torch.tensor([self._places[self._version(rows[0])].start for rows in blocks]),
+            widths=torch.tensor([len(self._places[self._version(rows[0])]) for rows in blocks]),
             ranks=torch.tensor([self._choice(rows[0]).rank for rows in blocks]),
             rows=torch.tensor(padded),
             row_ranks=torch.tensor([[self._choice(row).rank for row in rows] for rows in padded]),
@@ -141,6 +142,11 @@ class _Rows:
         return self._choice(row).version
 
 
+def first_columns(places: Mapping[str, range]) -> dict[str, int]:
+    """Where each adapter's columns begin in the bank."""
+    return {version: place.start for version, place in places.items()}
+
+
 class MixedStep:
     """Rows of any adapters and ranks."""
 
@@ -148,7 +154,7 @@ class MixedStep:
         self,
         active: ActiveColumns,
         adapters: Mapping[str, Adapter],
-        starts: Mapping[str, int],
+        places: Mapping[str, range],
         choices: Sequence[AdapterChoice | None],
         lengths: Sequence[int],
         kept: Tensor,
@@ -156,34 +162,40 @@ class MixedStep:
         product: LoraProduct | None = None,
         generation: int = 0,
     ) -> None:
-        """See `LoraBank.step`; `starts` are the adapters' first columns in the bank."""
+        """See `LoraBank.step`; `places` are the adapters' columns in the bank."""
         self._active = active
         self._product = product
-        self.starts = starts
+        self.starts = first_columns(places)
         self.generation = generation
         """Of the bank: while it is the same, no column has moved and no other module was adapted."""
         self._targets = frozenset(path for adapter in adapters.values() for path in adapter.modules)
         self._special = {version for version, adapter in adapters.items() if has_special_rows(adapter)}
         owners = [choice for choice, length in zip(choices, lengths, strict=True) for _ in range(length)]
         self.owners = owners
-        every = _Rows(owners, active, starts, product)
+        every = _Rows(owners, active, places, product)
         # Where both have the same length they are the same rows, so the length tells which of the two a module is given.
-        last = every if len(kept) == len(owners) else _Rows([owners[row] for row in kept.tolist()], active, starts, product)
+        last = every if len(kept) == len(owners) else _Rows([owners[row] for row in kept.tolist()], active, places, product)
         self._by_length = {len(kept): last, len(owners): every}
         embeddings = (each.is_embedding for adapter in adapters.values() for each in adapter.modules.values())
         self.is_plain = not self._special and not any(embeddings)
         """Whether the product of linear modules is all that the step's adapters ask for."""
 
+    def rows(self, count: int) -> LoraRows:
+        """The step's rows that have adapters, or those of its `count` rows whose logits are computed."""
+        return self._by_length[count].blocks
+
     def apply(self, module: AdaptedModule, x: Tensor) -> Tensor:
         """The base's output plus each row's own update."""
-        out = module.run_base(x)
         targeted = module.site.path in self._targets
         if not (targeted or self._special):
-            return out
+            return module.run_base(x)
         is_embedding = module.site.kind is SiteKind.EMBEDDING
         flat_x = x.reshape(-1) if is_embedding else x.reshape(-1, x.shape[-1])  # [rows, in], or token ids [rows]
-        flat_out = out.view(-1, out.shape[-1])  # [rows, out]
         rows = self._by_length[flat_x.shape[0]]
+        if module.site.kernels is not None and not self._special:
+            return module.products(x, rows.blocks)[0]
+        out = module.run_base(x)
+        flat_out = out.view(-1, out.shape[-1])  # [rows, out]
         for version in self._special:  # before the product, which adds to what the replaced parameters give
             own = rows.of(version)
             if version in module.replaced and len(own):
@@ -193,8 +205,7 @@ class MixedStep:
         if not targeted:
             return out
         if module.site.kernels is not None:
-            if len(rows.blocks.counts):
-                module.site.kernels.add_lora(flat_x, flat_out, module.a, module.b, rows.blocks)
+            module.site.kernels.add_lora(flat_x, flat_out, module.a, module.b, rows.blocks)
             return out
         if self._product is not None and not is_embedding:
             self._product.add(flat_x, flat_out, module.a, module.b, rows.laid_out)

@@ -64,7 +64,7 @@ class Site:
     def run(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """The module's output with `parameters` in the place of its own of the same names."""
         if self.kernels is not None:
-            weight, bias = self._own
+            weight, bias = self.own
             if parameters:
                 weight, bias = parameters.get("weight", weight), parameters.get("bias", bias)
             return self.kernels.linear(x, weight, bias)
@@ -75,15 +75,18 @@ class Site:
         assert isinstance(result, Tensor)
         return result
 
-    def packed(self, kernels: Kernels) -> "Site | None":
-        """This site with its weight packed, in the place of the one it had; None if the kernels can't compute it.
+    @property
+    def can_pack(self) -> bool:
+        """Whether the kernels can compute it."""
+        return type(self.module) is nn.Linear and can_pack(self.module.weight.data)
+
+    def packed(self, kernels: Kernels, out: Tensor) -> "Site":
+        """This site with its weight packed into `out`, in the place of the one it had.
 
         The module itself can't run afterwards: whoever calls it must call `run`.
         """
-        if type(self.module) is not nn.Linear or not can_pack(self.module.weight.data):
-            return None
         # A parameter of its own: the embedding that may be tied to it stays as it is.
-        self.module.weight = nn.Parameter(pack(self.module.weight.data), requires_grad=False)
+        self.module.weight = nn.Parameter(pack(self.weight.data, out), requires_grad=False)
         return replace(self, kernels=kernels)
 
     def prepared(self, name: str, value: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ class Site:
         return pack(value.contiguous()) if self.kernels is not None and name == "weight" else value
 
     @cached_property
-    def _own(self) -> tuple[Tensor, Tensor | None]:
+    def own(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a packed site: looking them up in the module takes longer than a small product."""
         return self.module.get_parameter("weight"), getattr(self.module, "bias", None)
 

@@ -1,42 +1,41 @@
 """What steps cost, as measured: which of the ways to run one is the cheapest."""
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from service.core import Mode
 
-_MEMORY = 0.1
-"""Weight of the newest step in the running mean."""
 _ENOUGH_STEPS = 32
-"""Steps of a mode before its mean is believed."""
+"""The latest steps of a mode that count, and how many there must be before they do."""
 _MARGIN = 0.95
-"""A mode must take less than this share of the preferred one's time to be chosen against it: means are noisy."""
-
-
-@dataclass
-class _Mean:
-    steps: int = 0
-    seconds: float = 0.0
+"""A mode must take less than this share of the preferred one's time to be chosen against it."""
+_LEAST_GAIN_S = 2e-4
+"""And so much less: of steps of a tiny model, 5% are what the interpreter's moods make."""
 
 
 class StepCosts:
-    """Running means of the seconds of a step, for each mode and number of rows (in powers of two)."""
+    """Seconds of the latest steps, for each mode and number of rows (in powers of two).
+
+    A step costs what the lower quartile takes: what else a machine does only adds to a step, and not to every one.
+    """
 
     def __init__(self) -> None:
-        self._means: dict[tuple[Mode, int], _Mean] = {}
+        self._seconds: defaultdict[tuple[Mode, int], deque[float]] = defaultdict(lambda: deque(maxlen=_ENOUGH_STEPS))
 
     def record(self, mode: Mode, rows: int, seconds: float) -> None:
         """A step of this mode has ended."""
-        mean = self._means.setdefault((mode, rows.bit_length()), _Mean())
-        mean.steps += 1
-        mean.seconds += max(_MEMORY, 1 / mean.steps) * (seconds - mean.seconds)
+        self._seconds[mode, rows.bit_length()].append(seconds)
 
     def cheapest(self, modes: Sequence[Mode], rows: int) -> Mode:
         """The mode to run a step of so many rows in: the first of `modes`, unless another has been shown to be cheaper."""
-        preferred = self._means.get((modes[0], rows.bit_length()), _Mean())
-        if preferred.steps < _ENOUGH_STEPS:
+        preferred = self._cost(modes[0], rows)
+        if preferred is None:
             return modes[0]
-        others = [(mode, self._means.get((mode, rows.bit_length()), _Mean())) for mode in modes[1:]]
-        shown = [(mean.seconds, mode) for mode, mean in others if mean.steps >= _ENOUGH_STEPS]
-        seconds, mode = min(shown, default=(preferred.seconds, modes[0]))
-        return mode if seconds < _MARGIN * preferred.seconds else modes[0]
+        shown = [(cost, mode) for mode in modes[1:] if (cost := self._cost(mode, rows)) is not None]
+        cost, mode = min(shown, default=(preferred, modes[0]))
+        return mode if cost < min(_MARGIN * preferred, preferred - _LEAST_GAIN_S) else modes[0]
+
+    def _cost(self, mode: Mode, rows: int) -> float | None:
+        """Seconds of a step; None while too few have run."""
+        seconds = self._seconds[mode, rows.bit_length()]
+        return sorted(seconds)[_ENOUGH_STEPS // 4] if len(seconds) == _ENOUGH_STEPS else None

@@ -14,7 +14,8 @@ import platformdirs
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+_HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
 _COMPILERS = ("cc", "gcc")
 _TIMEOUT_S = 120
@@ -57,14 +58,15 @@ def _build(compiler: str, built: Path) -> None:
     """Compile beside the target and rename, so that two processes that build at once both find a whole file."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         fresh = Path(folder) / built.name
-        command = [compiler, str(SOURCE), "-o", str(fresh), *_FLAGS]
+        command = [compiler, *map(str, SOURCES), "-o", str(fresh), *_FLAGS]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
         fresh.replace(built)
 
 
 def _fingerprint(compiler: str) -> str:
-    """Of all that the machine code follows from: the source, how it is compiled, and the processor's instructions."""
-    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(_FLAGS).encode(), platform.machine().encode(), _instructions()]
+    """Of all that the machine code follows from: the sources, how it is compiled, and the processor's instructions."""
+    sources = [path.read_bytes() for path in (*SOURCES, *_HEADERS)]
+    parts = [*sources, compiler.encode(), " ".join(_FLAGS).encode(), platform.machine().encode(), _instructions()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 

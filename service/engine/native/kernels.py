@@ -7,7 +7,10 @@ torch's `linear` calls, 23 / 59 / 67 / 92 / 124 / 313. MKL with packed weights w
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +26,10 @@ LANES = 8
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "dylora_linear": [*[_POINTER] * 4, *[_LONG] * 3, _INT],
-    "dylora_add_lora": [*[_POINTER] * 4, *[_LONG] * 4, *[_POINTER] * 6, _INT],
+    "dylora_products": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
+    "dylora_before_attention": [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _FLOAT, *[_POINTER] * 5, _INT],
+    "dylora_after_attention": [_POINTER, _POINTER, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _INT],
+    "dylora_use_huge_pages": [_POINTER, _LONG],
     "dylora_merge": [*[_POINTER] * 3, _LONG, _FLOAT, *[_LONG] * 4, _POINTER],
     "dylora_write_cache": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, *[_LONG] * 4, _POINTER, _POINTER],
     "dylora_attend": [
@@ -42,11 +47,13 @@ def can_pack(weight: Tensor) -> bool:
     return is_float and weight.ndim == 2 and weight.shape[0] % PANEL == 0 and weight.is_contiguous()
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor, out: Tensor | None = None) -> Tensor:
     """A weight [out, in] in panels, in a tensor of the same shape: element [16 p + j, k] stands at 16 p in + 16 k + j."""
+    out = torch.empty_like(weight) if out is None else out
     out_features, in_features = weight.shape
-    panels = weight.view(out_features // PANEL, PANEL, in_features).transpose(1, 2).contiguous()
-    return panels.view(out_features, in_features)
+    panels = weight.view(out_features // PANEL, PANEL, in_features).transpose(1, 2)
+    out.view(panels.shape).copy_(panels)
+    return out
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -61,10 +68,121 @@ class LoraRows:
 
     counts: Tensor  # [blocks], rows in use
     starts: Tensor  # [blocks], first column in the bank
+    widths: Tensor  # [blocks], columns of the adapter, used or not
     ranks: Tensor  # [blocks], the highest of its rows
     rows: Tensor  # [blocks, BLOCK_ROWS]
     row_ranks: Tensor  # [blocks, BLOCK_ROWS]
     scales: Tensor  # [blocks, BLOCK_ROWS], float32
+
+    @cached_property
+    def address(self) -> int:
+        """Where the kernels find all of it."""
+        columns = (self.counts, self.starts, self.widths, self.ranks, self.rows, self.row_ranks, self.scales)
+        self.__dict__["_held"] = held = (ctypes.c_long * 8)(len(self.counts), *(column.data_ptr() for column in columns))
+        return ctypes.addressof(held)
+
+
+class Term(NamedTuple):
+    """What one product of a row is made of."""
+
+    weight: Tensor  # [out, in], packed
+    bias: Tensor | None = None  # [out]
+    a: Tensor | None = None  # [columns, in], the bank's; None: no adapter changes it
+    b: Tensor | None = None  # [columns, out], the bank's: of each adapter [out / PANEL, its columns, PANEL]
+
+
+_WORDS = 7
+"""Of `struct part`: weight, bias, what it is added to, output, A, B, length of the output."""
+_OUTPUT = 3
+
+
+def _parts(terms: Sequence[Term]) -> "ctypes.Array[ctypes.c_long]":
+    """The terms as the kernels read them. Their tensors must outlive it."""
+    words: list[int] = []
+    for term in terms:
+        weight, bias, a, b = (0 if each is None or not each.numel() else each.data_ptr() for each in term)
+        words += [weight, bias, 0, 0, a, b, len(term.weight)]
+    return (ctypes.c_long * len(words))(*words)
+
+
+class Products:
+    """Products of one input with several packed weights, laid out once and computed as often as asked for."""
+
+    def __init__(self, library: ctypes.CDLL, terms: Sequence[Term]) -> None:
+        self._run = library.dylora_products
+        self._terms = tuple(terms)
+        self._parts = _parts(terms)
+        self._address = ctypes.addressof(self._parts)
+
+    def __call__(self, x: Tensor, rows: LoraRows | None = None) -> list[Tensor]:
+        """The products of `x` [..., in], each [..., out], with what the adapters of `rows` add."""
+        x = x.contiguous()
+        *shape, in_features = x.shape
+        outs = [x.new_empty(*shape, len(term.weight)) for term in self._terms]
+        for number, out in enumerate(outs):
+            self._parts[_WORDS * number + _OUTPUT] = out.data_ptr()
+        self._run(
+            *(x.data_ptr(), x.numel() // in_features, in_features, self._address, len(outs)),
+            *(None if rows is None else rows.address, torch.get_num_threads()),
+        )
+        return outs
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Sizes of a block of Llama's kind; `epsilon` is that of its norms."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    dim: int
+    epsilon: float
+
+
+class Block:
+    """A block of Llama's kind, but for its attention. See block.c.
+
+    Args:
+        norms: weights of the norms of the input, of the attention's output, and of query and key heads where it has those.
+        terms: query, key, value, output, gate, up, down.
+    """
+
+    def __init__(self, library: ctypes.CDLL, shape: BlockShape, norms: Sequence[Tensor | None], terms: Sequence[Term]) -> None:
+        self._before, self._after = library.dylora_before_attention, library.dylora_after_attention
+        self._shape = shape
+        self._tensors = (norms, terms)
+        self._parts = _parts(terms)
+        first = ctypes.addressof(self._parts)
+        places = [first + number * ctypes.sizeof(ctypes.c_long) * _WORDS for number in (0, 3, 4, 6)]
+        sizes = (shape.hidden, shape.inner, shape.heads, shape.kv_heads, shape.dim)
+        at_norms = [0 if norm is None else norm.data_ptr() for norm in norms]
+        self._words = (ctypes.c_long * 13)(*sizes, *at_norms, *places)
+        self._address = ctypes.addressof(self._words)
+
+    def before_attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor, rows: LoraRows | None, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Queries [rows, heads, dim] of `x` [rows, hidden]; keys and values go to slots of a layer's cache.
+
+        `cos` and `sin` are [rows, dim].
+        """
+        query = x.new_empty(len(x), self._shape.heads, self._shape.dim)
+        self._before(
+            *(self._address, x.data_ptr(), len(x), cos.data_ptr(), sin.data_ptr(), self._shape.epsilon),
+            *(None if rows is None else rows.address, slots.data_ptr()),
+            *(query.data_ptr(), keys.data_ptr(), values.data_ptr(), torch.get_num_threads()),
+        )
+        return query
+
+    def after_attention(self, x: Tensor, attended: Tensor, rows: LoraRows | None) -> Tensor:
+        """The block's output [rows, hidden], from its input and the attention's output [rows, heads, dim]."""
+        out = torch.empty_like(x)
+        self._after(
+            *(self._address, x.data_ptr(), attended.data_ptr(), len(x), self._shape.epsilon),
+            *(None if rows is None else rows.address, out.data_ptr(), torch.get_num_threads()),
+        )
+        return out
 
 
 class Kernels:
@@ -76,31 +194,30 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
 
+    def empty(self, *shape: int) -> Tensor:
+        """Memory for many weights, in large pages where the system has them; float32."""
+        held = torch.empty(*shape)
+        self._library.dylora_use_huge_pages(held.data_ptr(), held.nbytes)
+        return held
+
+    def products(self, terms: Sequence[Term]) -> Products:
+        """Lay out products of one input."""
+        return Products(self._library, terms)
+
+    def block(self, shape: BlockShape, norms: Sequence[Tensor | None], terms: Sequence[Term]) -> Block:
+        """Lay out a block."""
+        return Block(self._library, shape, norms, terms)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x` [..., in] times a packed weight; [..., out]."""
-        out_features, in_features = weight.shape
-        x = x.contiguous()
-        rows = x.numel() // in_features
-        out = x.new_empty(*x.shape[:-1], out_features)
-        at_bias = None if bias is None else bias.data_ptr()
-        self._library.dylora_linear(
-            x.data_ptr(), weight.data_ptr(), at_bias, out.data_ptr(), rows, in_features, out_features, torch.get_num_threads()
-        )
-        return out
+        return self.products([Term(weight, bias)])(x)[0]
 
     def add_lora(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor, rows: LoraRows) -> None:
-        """Add each row's own update to `out` [rows, out], in place.
-
-        Args:
-            x: [rows, in].
-            a: [columns, in], the bank's.
-            b: [out / PANEL, columns, PANEL], the bank's.
-        """
+        """Add each row's own update to `out` [rows, out], in place; `a` and `b` as in `Term`."""
         x = x.contiguous()
-        self._library.dylora_add_lora(
-            *(x.data_ptr(), out.data_ptr(), a.data_ptr(), b.data_ptr(), a.shape[1], out.shape[1], a.shape[0]),
-            *(len(rows.counts), rows.counts.data_ptr(), rows.starts.data_ptr(), rows.ranks.data_ptr()),
-            *(rows.rows.data_ptr(), rows.row_ranks.data_ptr(), rows.scales.data_ptr(), torch.get_num_threads()),
+        part = (ctypes.c_long * _WORDS)(0, 0, 0, out.data_ptr(), a.data_ptr(), b.data_ptr(), out.shape[-1])
+        self._library.dylora_products(
+            *(x.data_ptr(), *x.shape, ctypes.addressof(part), 1, rows.address, torch.get_num_threads())
         )
 
     def merge(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, out: Tensor, panels: range) -> None:

@@ -1,0 +1,101 @@
+/* Attention of rows that each see their own sequence.
+
+   Keys and values stand in a cache of slots [slots, kv_heads, dim], cut into blocks of `block_tokens`. */
+
+#define LANES 8 /* heads are as narrow as 8 */
+#include "vectors.h"
+
+void dylora_write_cache(const float *key, long key_row, long key_head, const float *value, long value_row, long value_head,
+                        const long *slots, long rows, long kv_heads, long dim, long value_dim, float *keys, float *values) {
+    for (long row = 0; row < rows; row++)
+        for (long head = 0; head < kv_heads; head++) {
+            memcpy(keys + (slots[row] * kv_heads + head) * dim, key + row * key_row + head * key_head, dim * sizeof(float));
+            memcpy(values + (slots[row] * kv_heads + head) * value_dim, value + row * value_row + head * value_head,
+                   value_dim * sizeof(float));
+        }
+}
+
+#define QUERIES 4 /* query heads that are attended together */
+
+#define SCORES(COUNT)                                                                                                    \
+    static void scores_##COUNT(const float *q, long q_head, const float *k, long dim, float *out, long stride) {         \
+        vec sum[COUNT];                                                                                                  \
+        UNROLLED for (int g = 0; g < COUNT; g++) sum[g] = all(0);                                                        \
+        for (long d = 0; d < dim; d += LANES) {                                                                          \
+            vec key = load(k + d);                                                                                       \
+            UNROLLED for (int g = 0; g < COUNT; g++) sum[g] += load(q + g * q_head + d) * key;                           \
+        }                                                                                                                \
+        UNROLLED for (int g = 0; g < COUNT; g++) out[g * stride] = sum_of(sum[g]);                                       \
+    }
+SCORES(1) SCORES(2) SCORES(3) SCORES(4)
+typedef void scores(const float *, long, const float *, long, float *, long);
+static scores *const scores_of[] = {0, scores_1, scores_2, scores_3, scores_4};
+
+/* out[g] = sum over positions of weight[g][position] * value[position], one vector of the value's dimensions at a time. */
+#define BLENDS(COUNT)                                                                                                    \
+    static void blend_##COUNT(const float *weights, long stride, const float *const *value, long length, long dim,       \
+                              float *out, long out_head) {                                                               \
+        for (long d = 0; d < dim; d += LANES) {                                                                          \
+            vec sum[COUNT];                                                                                              \
+            UNROLLED for (int g = 0; g < COUNT; g++) sum[g] = all(0);                                                    \
+            for (long at = 0; at < length; at++) {                                                                       \
+                vec v = load(value[at] + d);                                                                             \
+                UNROLLED for (int g = 0; g < COUNT; g++) sum[g] += weights[g * stride + at] * v;                         \
+            }                                                                                                            \
+            UNROLLED for (int g = 0; g < COUNT; g++) store(out + g * out_head + d, sum[g]);                              \
+        }                                                                                                                \
+    }
+BLENDS(1) BLENDS(2) BLENDS(3) BLENDS(4)
+typedef void blends(const float *, long, const float *const *, long, long, float *, long);
+static blends *const blend_of[] = {0, blend_1, blend_2, blend_3, blend_4};
+
+static void softmax(float *values, long length) {
+    float highest = highest_of(values, length);
+    for (long i = length; i % LANES; i++) values[i] = -INFINITY;
+    vec total = all(0);
+    for (long i = 0; i < length; i += LANES) {
+        vec e = exp_of(load(values + i) - highest);
+        store(values + i, e);
+        if (i + LANES > length) /* what pads the last vector is no position */
+            for (long j = length - i; j < LANES; j++) e[j] = 0;
+        total += e;
+    }
+    float share = 1 / sum_of(total);
+    for (long i = 0; i < length; i++) values[i] *= share;
+}
+
+/* Rows that each see `ends[row]` positions of their own sequence, or the last `window` of them (0: all).
+
+   query: row i, head h at query + query_rows[i] * query_row + h * query_head; out [.., heads, value_dim] at the same rows.
+   tables [rows, table_width]: the blocks of each row's sequence. */
+void dylora_attend(const float *query, long query_row, long query_head, const float *keys, const float *values, float *out,
+                   long rows, const long *query_rows, const long *ends, const long *tables, long table_width, long heads,
+                   long kv_heads, long dim, long value_dim, long block_tokens, long window, float scale, float softcap,
+                   int threads) {
+    long group = heads / kv_heads, longest = 0;
+    for (long row = 0; row < rows; row++) longest = ends[row] > longest ? ends[row] : longest;
+    long stride = (longest + LANES) / LANES * LANES;
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+    for (long item = 0; item < rows * kv_heads; item++) {
+        long row = item / kv_heads, head = item % kv_heads;
+        long begin = window && ends[row] > window ? ends[row] - window : 0, length = ends[row] - begin;
+        float *weights = scratch((size_t)stride * (QUERIES + 2));
+        const float **value = (const float **)(weights + stride * QUERIES);
+        for (long first = 0; first < group; first += QUERIES) {
+            long count = at_most(QUERIES, group - first), q_head = head * group + first;
+            const float *q = query + query_rows[row] * query_row + q_head * query_head;
+            for (long at = 0; at < length; at++) {
+                long position = begin + at;
+                long slot = tables[row * table_width + position / block_tokens] * block_tokens + position % block_tokens;
+                value[at] = values + (slot * kv_heads + head) * value_dim;
+                scores_of[count](q, query_head, keys + (slot * kv_heads + head) * dim, dim, weights + at, stride);
+            }
+            for (long g = 0; g < count; g++) {
+                float *own = weights + g * stride;
+                for (long at = 0; at < length; at++) own[at] = softcap ? softcap * tanhf(own[at] * (scale / softcap)) : own[at] * scale;
+                softmax(own, length);
+            }
+            blend_of[count](weights, stride, value, length, value_dim, out + (query_rows[row] * heads + q_head) * value_dim, value_dim);
+        }
+    }
+}

@@ -1,0 +1,27 @@
+/* Merging an adapter into a packed weight. */
+
+#include "tiles.h"
+
+/* merged = w + scale * B[:, :rank] A[:rank], for the panels from `first` to `end`; a [rank, in], b [out, b_stride]. */
+void dylora_merge(const float *w, const float *a, const float *b, long b_stride, float scale, long rank, long in, long first,
+                  long end, float *merged) {
+    float turned[PANELS * PANEL * rank]; /* of each panel [rank, PANEL] */
+    for (long panel = first; panel < end; panel += PANELS) {
+        long count = at_most(PANELS, end - panel), is_single = count < PANELS;
+        for (long v = 0; v < count; v++)
+            for (long j = 0; j < PANEL; j++)
+                for (long r = 0; r < rank; r++)
+                    turned[(v * rank + r) * PANEL + j] = scale * b[((panel + v) * PANEL + j) * b_stride + r];
+        for (long k = 0; k < in; k += MOST_ROWS) {
+            long rows = at_most(MOST_ROWS, in - k);
+            const float *from[MOST_ROWS];
+            float *to[MOST_ROWS];
+            for (long i = 0; i < rows; i++) {
+                from[i] = w + (panel * in + k + i) * PANEL;
+                to[i] = merged + (panel * in + k + i) * PANEL;
+            }
+            tiles[rows](a + k, in, turned, PANELS == 1 ? LANES : is_single ? 0 : rank * PANEL, rank, from, to, 0,
+                        PANELS == 1 ? LANES : is_single ? 0 : in * PANEL, 0);
+        }
+    }
+}

@@ -1,0 +1,199 @@
+/* The products of a step on a CPU, in single precision: the base's, and each row's own adapter's on top of it.
+
+   Why not a library's: with 2 to 32 rows, MKL's and oneDNN's products took 1.1 to 2.4 times as long (see kernels.py), and
+   none has a product in which rows use different adapters and ranks.
+
+   Every result is a sum in an order that depends on the shapes of weights alone: a row's numbers are the same to the last
+   bit whatever other rows run beside it, and with any number of threads. */
+
+#ifndef DYLORA_PRODUCTS_H
+#define DYLORA_PRODUCTS_H
+
+#include <omp.h>
+
+#include "tiles.h"
+
+#define DEPTH (256 / PANELS) /* inputs of a tile taken together: their weights are 16 KiB, a third of a level 1 cache */
+#define BLOCK_ROWS 4
+#define SOON 32 /* inputs: how far ahead of its use a weight is asked of memory, 2 KiB */
+#define CHUNK 16 /* most panels between the base's product and the adapters' on top of it */
+
+/* One of several products of the same rows, as when query, key and value are computed of one x. */
+struct part {
+    const float *w;    /* in panels; 0: `y` holds the product already, and only the adapters' is added */
+    const float *bias; /* [out] or 0 */
+    const float *add;  /* [rows, out], what the product is added to; 0: the bias, if any */
+    float *y;          /* [rows, out] */
+    const float *a;    /* [columns, in] of all adapters; 0: no adapter of this step changes it */
+    const float *b;    /* of each adapter [out / PANEL, its width, PANEL], one after the other */
+    long out;
+};
+
+/* The rows of a step that have adapters, in blocks of up to BLOCK_ROWS that share one, which is thus read once for all of
+   them. A block uses the first `ranks[block]` of the `widths[block]` columns of its adapter, which begin at
+   `starts[block]`; a row of it whose own rank is lower gets zeros beyond. */
+struct lora {
+    long blocks;
+    const long *counts, *starts, *widths, *ranks; /* [blocks] */
+    const long *rows, *row_ranks;                 /* [blocks, BLOCK_ROWS] */
+    const float *scales;                          /* [blocks, BLOCK_ROWS] */
+};
+
+/* ---- x ------------------------------------------------------------------------------------------------------------------ */
+
+static inline long group_start(long rows, long groups, long g) { return rows * g / groups; }
+
+/* Each group of rows as [in, rows of it], so that a tile reads one stream. */
+static void turn(const float *x, long rows, long in, long groups, float *turned) {
+#pragma omp for collapse(2) schedule(static) nowait
+    for (long g = 0; g < groups; g++)
+        for (long from = 0; from < in; from += DEPTH) {
+            long first = group_start(rows, groups, g), count = group_start(rows, groups, g + 1) - first;
+            for (long i = 0; i < count; i++)
+                for (long k = from; k < at_most(in, from + DEPTH); k++)
+                    turned[first * in + k * count + i] = x[(first + i) * in + k];
+        }
+}
+
+/* ---- the base's product ------------------------------------------------------------------------------------------------- */
+
+/* Outputs of one tile's width, from `panel` on, of all rows. */
+static void multiply(const struct part *p, const float *x, int is_turned, long rows, long in, long groups, long panel) {
+    long panels = p->out / PANEL, other = LANES, step = LANES;
+    if (PANELS == 2) { /* of a last single panel, both vectors compute the same */
+        other = panel + 1 < panels ? in * PANEL : 0;
+        step = panel + 1 < panels ? LANES : 0;
+    }
+    for (long k = 0; k < in; k += DEPTH) {
+        long depth = at_most(DEPTH, in - k);
+        const float *block = p->w + (panel * in + k) * PANEL;
+        const float *next = k + depth < in ? block + depth * PANEL : p->w + (panel + PANELS) * in * PANEL;
+        for (long g = 0; g < groups; g++) {
+            long first = group_start(rows, groups, g), count = group_start(rows, groups, g + 1) - first;
+            const float *from[MOST_ROWS];
+            float *to[MOST_ROWS];
+            for (long i = 0; i < count; i++) {
+                to[i] = p->y + (first + i) * p->out;
+                from[i] = k ? to[i] : p->add ? p->add + (first + i) * p->out : p->bias;
+            }
+            /* Groups of rows take turns at a block: while they do, the next comes from memory. One group alone is faster than
+               memory, and asks for what it needs soon. A single row leaves that to the processor. */
+            const float *ahead = rows == 1 || g ? 0 : groups > 1 ? next : block + SOON * PANEL;
+            tiles[count](is_turned ? x + first * in + k * count : x + k, count, block, other, depth, k || p->add || p->bias ? from : 0, to,
+                         panel * PANEL, step, ahead);
+        }
+    }
+}
+
+/* ---- the adapters' product ---------------------------------------------------------------------------------------------- */
+
+#define DOTS(ROWS)                                                                                                       \
+    static void dots_##ROWS(const float *const *x, const float *a0, const float *a1, long in, float (*out)[2]) {         \
+        vec sum[ROWS][2];                                                                                                \
+        UNROLLED for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = all(0);                                          \
+        long k = 0;                                                                                                      \
+        for (; k + LANES <= in; k += LANES) {                                                                            \
+            vec v0 = load(a0 + k), v1 = load(a1 + k);                                                                    \
+            UNROLLED for (int i = 0; i < ROWS; i++) {                                                                    \
+                vec value = load(x[i] + k);                                                                              \
+                sum[i][0] += value * v0;                                                                                 \
+                sum[i][1] += value * v1;                                                                                 \
+            }                                                                                                            \
+        }                                                                                                                \
+        UNROLLED for (int i = 0; i < ROWS; i++) {                                                                        \
+            out[i][0] = sum_of(sum[i][0]);                                                                               \
+            out[i][1] = sum_of(sum[i][1]);                                                                               \
+            for (long rest = k; rest < in; rest++) {                                                                     \
+                out[i][0] += x[i][rest] * a0[rest];                                                                      \
+                out[i][1] += x[i][rest] * a1[rest];                                                                      \
+            }                                                                                                            \
+        }                                                                                                                \
+    }
+DOTS(1) DOTS(2) DOTS(3) DOTS(4)
+typedef void dots(const float *const *, const float *, const float *, long, float (*)[2]);
+static dots *const dots_of[] = {0, dots_1, dots_2, dots_3, dots_4};
+
+/* low = scale * x A^T for every block, [its rank, its rows], `most` columns apart. */
+static void shrink(const struct part *p, const struct lora *l, const float *x, long in, long most, float *low) {
+    long pairs = (most + 1) / 2;
+#pragma omp for schedule(dynamic, 4) nowait
+    for (long item = 0; item < l->blocks * pairs; item++) {
+        long block = item / pairs, c = item % pairs * 2, count = l->counts[block];
+        if (c >= l->ranks[block]) continue;
+        const float *from[BLOCK_ROWS];
+        for (long i = 0; i < count; i++) from[i] = x + l->rows[block * BLOCK_ROWS + i] * in;
+        const float *first = p->a + (l->starts[block] + c) * in;
+        float found[BLOCK_ROWS][2];
+        dots_of[count](from, first, c + 1 < l->ranks[block] ? first + in : first, in, found);
+        for (long j = 0; j < 2 && c + j < l->ranks[block]; j++)
+            for (long i = 0; i < count; i++) {
+                long at = block * BLOCK_ROWS + i;
+                float value = c + j < l->row_ranks[at] ? found[i][j] * l->scales[at] : 0;
+                low[(block * most + c + j) * BLOCK_ROWS + i] = value;
+            }
+    }
+}
+
+/* y += low B, of the panels from `first` to `end`: what the base's product has just left in the cache. */
+static void expand(const struct part *p, const struct lora *l, const float *low, long most, long first, long end) {
+    for (long block = 0; block < l->blocks; block++) {
+        long width = l->widths[block] * PANEL;
+        const float *b = p->b + l->starts[block] * p->out;
+        float *to[BLOCK_ROWS];
+        for (long i = 0; i < l->counts[block]; i++) to[i] = p->y + l->rows[block * BLOCK_ROWS + i] * p->out;
+        for (long panel = first; panel < end; panel += PANELS) {
+            long is_single = PANELS == 2 && panel + 1 == end;
+            tiles[l->counts[block]](low + block * most * BLOCK_ROWS, BLOCK_ROWS, b + panel * width, PANELS == 1 ? LANES : is_single ? 0 : width,
+                                l->ranks[block], (const float *const *)to, to, panel * PANEL, is_single ? 0 : LANES, 0);
+        }
+    }
+}
+
+/* ---- both --------------------------------------------------------------------------------------------------------------- */
+
+/* A step's products of one x, and their memory. */
+struct products {
+    long rows, in, groups, count, most, low_size; /* groups of rows; parts; the highest rank */
+    const struct part *parts;
+    const struct lora *lora; /* 0: the base alone */
+    int is_turned;
+    float *turned, *low;
+};
+
+static struct products products_of(long rows, long in, const struct part *parts, long count, const struct lora *lora) {
+    struct products p = {rows, in, (rows + MOST_ROWS - 1) / MOST_ROWS, count, 0, 0, parts, lora && lora->blocks ? lora : 0};
+    for (long block = 0; p.lora && block < lora->blocks; block++)
+        if (lora->ranks[block] > p.most) p.most = lora->ranks[block];
+    p.low_size = p.lora ? lora->blocks * p.most * BLOCK_ROWS : 0;
+    p.is_turned = rows > 1 && parts[0].w;
+    return p;
+}
+
+/* Floats of memory that they need. */
+static size_t room_of(const struct products *p) { return (size_t)(p->is_turned ? p->rows * p->in : 0) + p->count * p->low_size; }
+
+/* y = add + bias + x w^T + (scale * x A^T) B for each part; x [rows, in]. To be called by every thread of a parallel region,
+   whose other threads may still compute when it returns. */
+static void multiply_all(const struct products *p, const float *x) {
+    if (p->is_turned) turn(x, p->rows, p->in, p->groups, p->turned);
+    for (long i = 0; p->lora && i < p->count; i++)
+        if (p->parts[i].a) shrink(p->parts + i, p->lora, x, p->in, p->most, p->low + i * p->low_size);
+    if (p->is_turned || p->lora) {
+#pragma omp barrier
+    }
+    const float *read = p->is_turned ? p->turned : x;
+    for (long i = 0; i < p->count; i++) {
+        const struct part *part = p->parts + i;
+        long panels = part->out / PANEL, each = (panels / PANELS + omp_get_num_threads() - 1) / omp_get_num_threads() * PANELS;
+        long chunk = at_most(CHUNK, each > PANELS ? each : PANELS);
+#pragma omp for schedule(static) nowait
+        for (long first = 0; first < panels; first += chunk) {
+            long end = at_most(first + chunk, panels);
+            for (long panel = first; part->w && panel < end; panel += PANELS)
+                multiply(part, read, p->is_turned, p->rows, p->in, p->groups, panel);
+            if (p->lora && part->a) expand(part, p->lora, p->low + i * p->low_size, p->most, first, end);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,61 @@
+/* Tiles: `rows` x TWO vectors of outputs, kept in registers while their inputs stream past.
+
+   A packed weight stands in panels of PANEL outputs, [out / PANEL, in, PANEL]. A tile takes the two halves of one panel where
+   a vector has 8 lanes, and two panels where it has 16. */
+
+#ifndef DYLORA_TILES_H
+#define DYLORA_TILES_H
+
+#include "vectors.h"
+
+#define PANEL 16
+#define PANELS (2 * LANES / PANEL) /* that a tile takes */
+#if LANES == 16
+#define MOST_ROWS 12 /* 12 x 2 accumulators and 3 operands, of 32 vector registers */
+#else
+#define MOST_ROWS 6 /* 6 x 2 accumulators and 3 operands fill 16 vector registers */
+#endif
+
+/* to[i][column + v * step + j] = from[i][the same place] + sum over k of x[k * x_stride + i] * w[v * other + k * PANEL + j]
+
+   for the vectors v = 0, 1; from = 0: zeros. The weights at `ahead`, if given, as many and as far apart as those at `w`, are
+   fetched into the cache. */
+typedef void tile(const float *x, long x_stride, const float *w, long other, long depth, const float *const *from,
+                  float *const *to, long column, long step, const float *ahead);
+
+#define TILE(ROWS)                                                                                                       \
+    static void tile_##ROWS(const float *x, long x_stride, const float *w, long other, long depth,                       \
+                            const float *const *from, float *const *to, long column, long step, const float *ahead) {    \
+        vec sum[ROWS][2];                                                                                                \
+        UNROLLED for (int i = 0; i < ROWS; i++) {                                                                        \
+            sum[i][0] = from ? load(from[i] + column) : all(0);                                                          \
+            sum[i][1] = from ? load(from[i] + column + step) : all(0);                                                   \
+        }                                                                                                                \
+        for (long k = 0; k < depth; k++) {                                                                               \
+            vec w0 = load(w + k * PANEL), w1 = load(w + other + k * PANEL);                                              \
+            if (ahead) {                                                                                                 \
+                __builtin_prefetch(ahead + k * PANEL, 0, 3);                                                             \
+                if (PANELS == 2) __builtin_prefetch(ahead + other + k * PANEL, 0, 3);                                    \
+            }                                                                                                            \
+            UNROLLED for (int i = 0; i < ROWS; i++) {                                                                    \
+                vec value = all(x[k * x_stride + i]);                                                                    \
+                sum[i][0] += value * w0;                                                                                 \
+                sum[i][1] += value * w1;                                                                                 \
+            }                                                                                                            \
+        }                                                                                                                \
+        UNROLLED for (int i = 0; i < ROWS; i++) {                                                                        \
+            store(to[i] + column, sum[i][0]);                                                                            \
+            store(to[i] + column + step, sum[i][1]);                                                                     \
+        }                                                                                                                \
+    }
+TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if LANES == 16
+TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#endif
+static tile *const tiles[] = {0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6,
+#if LANES == 16
+                              tile_7, tile_8, tile_9, tile_10, tile_11, tile_12
+#endif
+};
+
+#endif
