@@ -26,10 +26,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-slow test-triton test-gpu docker-test check lint types format demo-model paper bench bench-http slo lock clean
+.PHONY: help setup serve test test-slow test-triton test-gpu docker-test check lint types format demo-model paper bench bench-http bench-overhead soak slo lock clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the pinned dependencies (done by every other command where needed)
 
@@ -89,6 +89,12 @@ bench: $(READY) ## Measure the engine beside PEFT (and llama.cpp, vLLM by option
 
 bench-http: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
 	@$(BIN)/python -m loadtests.throughput $(ARGS)
+
+bench-overhead: $(READY) ## Measure what HTTP costs beside the engine alone, one JSON line per point
+	@$(BIN)/python -m loadtests.http_overhead $(ARGS)
+
+soak: $(READY) ## Load a server with 64 clients for ten minutes and look at what is left of it: make soak [ARGS="--minutes 60"]
+	@$(BIN)/python -m loadtests.soak $(ARGS)
 
 slo: $(READY) ## Compare fixed ranks and auto-rank under deadlines over HTTP, an hour: make slo OUT=folder [E2E=devset.csv]
 	$(BIN)/python -m loadtests.slo $(if $(OUT),--out "$(OUT)") $(if $(E2E),--e2e "$(E2E)") $(ARGS)

@@ -11,11 +11,11 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -53,27 +53,29 @@ class OurEngine(Contender):
         self._engine.start()
         self._draws = random.Random(0)
 
-    def run(self, mode: str, batch: int) -> float:
-        """Submit `batch` requests at once and wait for the last to end; seconds."""
-        ends = threading.Semaphore(0)
-        failed: list[Event] = []
+    def run(self, mode: str, batch: int, tokens: int = workload.NEW_TOKENS, turns: int = 1) -> float:
+        """Keep `batch` requests of `tokens` each in flight, `turns` one after another in each row; seconds."""
+        ended: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+        sampling = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+        requests = [
+            GenerationRequest(f"row-{row}", tuple(prompt), sampling, self._choice(self._version(mode, row)))
+            for row, prompt in enumerate(workload.prompts(batch))
+        ]
 
-        def sink(event: Event) -> None:
-            if isinstance(event, Failed):
-                failed.append(event)
-            if not isinstance(event, TokenEvent):
-                ends.release()
+        def submit(row: int) -> None:
+            self._engine.submit(requests[row], lambda event: None if isinstance(event, TokenEvent) else ended.put((row, event)))
 
-        sampling = SamplingParams(max_new_tokens=workload.NEW_TOKENS, ignore_eos=True)
-        versions = [self._version(mode, row) for row in range(batch)]
+        left = [turns - 1] * batch
         started = time.perf_counter()
-        for row, prompt in enumerate(workload.prompts(batch)):
-            choice = self._choice(versions[row])
-            self._engine.submit(GenerationRequest(f"row-{row}", tuple(prompt), sampling, choice), sink)
-        for _ in range(batch):
-            ends.acquire()
-        if failed:
-            raise RuntimeError(f"a request failed: {failed[0]}")
+        for row in range(batch):
+            submit(row)
+        for _ in range(turns * batch):
+            row, event = ended.get()
+            if isinstance(event, Failed):
+                raise RuntimeError(f"a request failed: {event}")
+            if left[row]:
+                left[row] -= 1
+                submit(row)
         return time.perf_counter() - started
 
     def adapter_mb(self) -> float:

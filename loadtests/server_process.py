@@ -49,6 +49,9 @@ class ServerProcess:
         start_timeout_s: the longest wait for readiness.
     """
 
+    module = "service.cli"
+    """What is run, with the argument `serve`."""
+
     def __init__(self, settings: Mapping[str, object], log: Path, *, start_timeout_s: float = 90) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -94,7 +97,7 @@ class ServerProcess:
     def _launch(self) -> Running:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DYLORA_")}
         environment |= {f"DYLORA_{name.upper()}": str(value) for name, value in self.settings.items()}
-        command = [sys.executable, "-m", "service.cli", "serve"]
+        command = [sys.executable, "-m", self.module, "serve"]
         with self._log.open("ab") as log:
             return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 

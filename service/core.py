@@ -417,6 +417,9 @@ class EngineProtocol(Protocol):
             InvalidRequest: it does not fit the model's context, or names a token that the model does not have.
         """
 
+    def submit_all(self, asked: Sequence[tuple[GenerationRequest, EventSink]]) -> None:
+        """Queue several requests, or none of them. Raises as `submit` does."""
+
     def abort(self, request_id: str) -> None:
         """End a request if it still runs; its place is free before the next step. Unknown ids are ignored."""
 

@@ -132,6 +132,9 @@ class Settings(BaseSettings):
     header_timeout_s: Seconds = Field(10, description="seconds for a request's headers to arrive")
     body_timeout_s: Seconds = Field(20, description="seconds for a request's body, and more by min_body_bytes_per_s")
     min_body_bytes_per_s: Count = Field(1024, description="bytes of a body that buy it one more second")
+    keep_alive_s: Seconds = Field(
+        75, description="seconds that a connection may be idle between requests; longer than clients and proxies keep theirs"
+    )
     write_timeout_s: Seconds = Field(60, description="seconds that a client may leave a full connection unread")
 
     default_policy: str = Field("quality", description="policy that chooses the rank where a request leaves it open")

@@ -132,6 +132,8 @@ def test_what_can_not_be_served_is_refused_at_once() -> None:
         engine.submit(request("0"), clients[0])
         with pytest.raises(InvalidRequest, match="in use"):
             engine.submit(request("0"), Client())
+        with pytest.raises(QueueFull):
+            engine.submit_all([(request(name), Client()) for name in ("1", "2")])
         engine.submit(request("1"), clients[1])
         with pytest.raises(QueueFull):
             engine.submit(request("2"), Client())

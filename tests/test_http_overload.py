@@ -164,6 +164,21 @@ def test_a_body_that_nobody_reads_does_not_hold_its_connection(tmp_path: Path) -
         assert rest_of(connection) == b""
 
 
+@pytest.mark.parametrize(("seconds", "is_kept"), [(0.2, False), (60, True)])
+def test_an_idle_connection_is_kept_for_as_long_as_the_setting_says(tmp_path: Path, seconds: float, is_kept: bool) -> None:
+    with (
+        on_socket(tmp_path, keep_alive_s=seconds) as (server, _),
+        raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as connection,
+    ):
+        assert b"200 OK" in connection.recv(65536)
+        connection.settimeout(1 if is_kept else 20)
+        if is_kept:
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+        else:
+            assert connection.recv(1) == b""
+
+
 def test_a_request_after_another_on_one_connection_has_its_own_time(tmp_path: Path) -> None:
     request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
     with on_socket(tmp_path, header_timeout_s=0.1) as (server, _), raw(server, request) as connection:
@@ -245,6 +260,17 @@ def test_a_full_queue_says_when_it_will_have_drained(tmp_path: Path) -> None:
         response = server.generate()
         assert (response.status_code, response.json()["error_type"]) == (503, "overloaded")
         assert response.headers["retry-after"] == "7"
+
+
+def test_several_answers_are_queued_together_or_not_at_all(tmp_path: Path) -> None:
+    with in_process(tmp_path, engine=FakeEngine(max_running=1, max_waiting=2)) as server:
+        with server.engine.paused():
+            server.engine.submit(GenerationRequest("before", (1,)), lambda event: None)
+            assert server.generate(do_sample=True, best_of=3).status_code == 503
+            assert [request.request_id for request in server.engine.submitted] == ["before"]
+        assert server.generate(do_sample=True, best_of=3).status_code == 200
+        assert server.metric("dylora_requests_total", adapter="base", rank="0", mode="base", outcome="ok") == 3
+        assert server.metric("dylora_requests_total", adapter="base", rank="0", mode="none", outcome="aborted") is None
 
 
 def test_a_key_with_too_many_in_flight_waits_and_others_do_not(tmp_path: Path) -> None:

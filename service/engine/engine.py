@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from adapters.adapter import Adapter
@@ -225,25 +226,34 @@ class Engine:
             UnknownAdapter: its version is not loaded.
             InvalidRequest: it does not fit the model's context.
         """
-        self._check(request)
-        sequence = Sequence(request)
-        eos_ids = frozenset() if request.sampling.ignore_eos else self._loaded.eos_ids
+        self.submit_all([(request, sink)])
+
+    def submit_all(self, asked: Several[tuple[GenerationRequest, EventSink]]) -> None:
+        """Queue several requests, or none of them. Raises as `submit` does."""
+        for request, _ in asked:
+            self._check(request)
         with self._lock:
             if self._is_draining:
                 raise Draining
-            if len(self._live) >= self._options.max_running + self._options.max_waiting:
+            if len(self._live) + len(asked) > self._options.max_running + self._options.max_waiting:
                 raise QueueFull(self._options.max_waiting)
-            if request.request_id in self._live:
-                raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request in flight")
-            adapter = None
-            if request.adapter is not None:
-                adapter = self._adapters.get(request.adapter.version)
-                if adapter is None:
-                    raise UnknownAdapter(request.adapter.version)
-                adapter.config.check_rank(request.adapter.rank)
-            self._live[request.request_id] = sequence
-            ticket = Ticket(sequence, sink, adapter, self._vocabulary, eos_ids, time.monotonic())
-            self._inbox.put(lambda: self._accept(ticket))
+            taken = [self._ticket(request, sink) for request, sink in asked]
+            for ticket in taken:
+                self._live[ticket.request.request_id] = ticket.sequence
+                self._inbox.put(partial(self._accept, ticket))
+
+    def _ticket(self, request: GenerationRequest, sink: EventSink) -> Ticket:
+        """Of a request that may be taken. Call with the lock."""
+        if request.request_id in self._live:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request in flight")
+        adapter = None
+        if request.adapter is not None:
+            adapter = self._adapters.get(request.adapter.version)
+            if adapter is None:
+                raise UnknownAdapter(request.adapter.version)
+            adapter.config.check_rank(request.adapter.rank)
+        eos_ids = frozenset() if request.sampling.ignore_eos else self._loaded.eos_ids
+        return Ticket(Sequence(request), sink, adapter, self._vocabulary, eos_ids, time.monotonic())
 
     def abort(self, request_id: str) -> None:
         """End a request if it still runs; its place is free before the next step. Unknown ids are ignored."""

@@ -164,18 +164,24 @@ class FakeEngine:
 
     def submit(self, request: GenerationRequest, sink: EventSink) -> None:
         """Queue a request, as EngineProtocol says."""
+        self.submit_all([(request, sink)])
+
+    def submit_all(self, asked: Sequence[tuple[GenerationRequest, EventSink]]) -> None:
+        """Queue several, or none."""
         with self._changed:
             if self._is_draining or self._is_stopped:
                 raise Draining
-            if request.adapter is not None and request.adapter.version not in self.loaded:
-                raise UnknownAdapter(request.adapter.version)
-            if len(request.prompt_ids) + request.sampling.max_new_tokens > self._model.max_context_tokens:
-                raise InvalidRequest("inputs", "prompt and max_new_tokens exceed the context")
-            request.sampling.check_token_ids(self._model.vocab_size)
-            if len(self._requests) >= self._max_running + self._max_waiting:
+            for request, _ in asked:
+                if request.adapter is not None and request.adapter.version not in self.loaded:
+                    raise UnknownAdapter(request.adapter.version)
+                if len(request.prompt_ids) + request.sampling.max_new_tokens > self._model.max_context_tokens:
+                    raise InvalidRequest("inputs", "prompt and max_new_tokens exceed the context")
+                request.sampling.check_token_ids(self._model.vocab_size)
+            if len(self._requests) + len(asked) > self._max_running + self._max_waiting:
                 raise QueueFull(self._max_waiting)
-            self.submitted.append(request)
-            self._requests[request.request_id] = _Running(request, sink, time.perf_counter())
+            for request, sink in asked:
+                self.submitted.append(request)
+                self._requests[request.request_id] = _Running(request, sink, time.perf_counter())
             self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:

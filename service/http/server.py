@@ -25,6 +25,8 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, host: str, port: int, drain_timeout_s: float) -> None:
+        services = app.state.services
+        assert isinstance(services, Services)
         config = uvicorn.Config(
             app,
             host=host,
@@ -34,11 +36,10 @@ class DrainingServer(uvicorn.Server):
             server_header=False,
             http=BoundedConnection,
             ws="none",
+            timeout_keep_alive=services.settings.keep_alive_s,  # type: ignore[arg-type]  # whatever call_later takes
             timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
         )
         super().__init__(config)
-        services = app.state.services
-        assert isinstance(services, Services)
         self._services = services
         self._drain_timeout_s = drain_timeout_s
         self.all_ended = True

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from loadtests.server_process import ServerProcess
 from tests.e2e.tiny_server import Client
 
@@ -23,6 +25,27 @@ def test_throughput_against_a_running_server(server: ServerProcess, client: Clie
     ]
     assert all(point["tokens"] == 5 * 2 * point["concurrency"] for point in points)
     assert all(point["tokens_per_s"] > 0 for point in points)
+
+
+def test_a_short_soak_leaves_nothing_behind() -> None:
+    command = [sys.executable, "-m", "loadtests.soak", "--minutes", "0.1", "--clients", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, value in verdicts.items() if value is True} == {
+        *("every_request_ends_once", "no_500", "nothing_in_use", "integrity", "memory_flat")
+    }
+
+
+@pytest.mark.slow
+def test_the_overhead_of_http() -> None:
+    command = [sys.executable, "-m", "loadtests.http_overhead", "--modes", "mixed", "--batches", "2", "--rounds", "1"]
+    done = subprocess.run([*command, "--turns", "1", "--requests", "2"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    points = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(point["point"], point["by"]) for point in points] == [
+        (name, by) for name in ("tokens", "requests") for by in ("engine", "streamed", "whole")
+    ]
 
 
 def test_the_slo_experiment_against_a_running_server(

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from service.core import Event
 from service.errors import ServiceError
-from service.http.generation.stream import TERMINAL, EventStream
+from service.http.generation.stream import TERMINAL, EventStream, submit_all
 
 _SEED_BITS = 53
 """What every JSON reader keeps exactly."""
@@ -47,14 +47,8 @@ class FanOut:
         self.close()
 
     def submit(self) -> None:
-        """Hand all sequences to the engine, or none: what one of them raises ends those before it."""
-        for number, stream in enumerate(self.streams):
-            try:
-                stream.submit()
-            except BaseException:
-                for taken in self.streams[:number]:
-                    taken.close()
-                raise
+        """Hand all sequences to the engine, or none."""
+        submit_all(self.streams)
 
     async def next(self) -> tuple[int, Event]:
         """The next event of any sequence, with its number; in turn where several have one.

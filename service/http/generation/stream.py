@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 
 from service.core import Aborted, EngineProtocol, Event, Failed, Finished, GenerationRequest
@@ -60,8 +60,7 @@ class EventStream:
 
     def submit(self) -> None:
         """Hand the request to the engine. Raises what EngineProtocol.submit raises; then no event will come."""
-        with self._submitting():
-            self._engine.submit(self._request, self._sink)
+        submit_all([self])
 
     def cut_at(self, moment: float, error: ServiceError) -> None:
         """Cut the request off at a moment of the event loop's clock, unless it has ended by then."""
@@ -137,3 +136,11 @@ class EventStream:
         # Cleared before readers look: an event that comes after this line schedules a wake-up of its own.
         self._is_wake_due = False
         self._arrived.set()
+
+
+def submit_all(streams: Sequence[EventStream]) -> None:
+    """Hand the requests of several streams of one engine to it, or none of them. Raises as EventStream.submit does."""
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(stream._submitting())
+        streams[0]._engine.submit_all([(stream._request, stream._sink) for stream in streams])
