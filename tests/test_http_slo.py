@@ -199,7 +199,6 @@ def test_nothing_stays_in_the_book(server: Server) -> None:
     server.generate(adapter_id="demo", latency_slo_ms=LOOSE_MS)
     server.generate(adapter_id="demo", best_of=3, do_sample=True)
     server.generate(adapter_id="demo", max_new_tokens=5, best_of=13, do_sample=True)  # more than the engine takes
-    assert server.engine.wait_until(lambda stats: not stats.running + stats.waiting)  # it gives up those it took
     book = server.services.auto_rank.book.view(None, 0.0)
     assert (book.in_flight, book.columns, book.context_tokens, book.remaining_tokens) == (0, 0, 0, 0)
     assert server.metric("dylora_slo_total", policy="latency", met="false") == 1
