@@ -55,6 +55,16 @@ def test_files_may_lie_at_the_top_or_in_one_folder(tmp_path: Path, prefix: str) 
     assert contents(tmp_path) == FILES
 
 
+def test_an_entry_without_a_name_is_refused(tmp_path: Path) -> None:
+    packed = make_zip(FILES)
+    with zipfile.ZipFile(packed, "a") as archive:
+        entry = zipfile.ZipInfo("x")
+        entry.filename = ""  # which the constructor would not take
+        archive.writestr(entry, b"{}")
+    with pytest.raises(InvalidAdapter, match="zip entry '': it has no name"):
+        unpack_zip(packed, tmp_path, max_bytes=10_000)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

@@ -122,6 +122,8 @@ def _is_adapter_file(entry: zipfile.ZipInfo) -> bool:
 def _suspicion(entry: zipfile.ZipInfo) -> str | None:
     """Why an entry makes the whole zip suspect, though perhaps it would not be unpacked."""
     name = entry.orig_filename  # before zipfile cut it at a NUL
+    if not entry.filename:
+        return "it has no name"
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/") or ":" in name.split("/")[0]:
         return "its name leads out of the folder"
     if stat.S_ISLNK(entry.external_attr >> 16):
