@@ -47,15 +47,25 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     /opt/dylora/bin/pip check; \
     /opt/dylora/bin/pip uninstall --yes pip
 
+# The kernels, for processors with AVX2 and with AVX-512. No compiler of this stage gets into the image.
+WORKDIR /opt/dylora
+# hadolint ignore=DL3008
+RUN if ! command -v cc >/dev/null; then \
+        apt-get update; \
+        apt-get install -y --no-install-recommends gcc libc6-dev; \
+        rm -rf /var/lib/apt/lists/*; \
+    fi; \
+    bin/python -m service.engine.native.prebuilt
+
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
-# true adds the compilers with which the kernels for this processor are built, and torch.compile works: steps on a CPU are
-# faster by far. Without them torch's own products run.
+# true adds the compilers that torch.compile needs. A GPU's image always has them, for Triton.
 ARG COMPILER=false
+ARG DEVICE=cpu
 SHELL ["/bin/sh", "-euc"]
 # The base image's release pins the versions, and updates of it are wanted.
 # hadolint ignore=DL3008
-RUN if [ "$COMPILER" = true ]; then \
+RUN if [ "$COMPILER" = true ] || [ "$DEVICE" = cuda ]; then \
         apt-get update; \
         headers=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
         if [ -e "$headers/Python.h" ]; then headers=; else headers=python3-dev; fi; \

@@ -1,9 +1,14 @@
 """The kernels against torch's own operations, and a row's numbers against those it has alone."""
 
+import ctypes
+from pathlib import Path
+
 import pytest
 import torch
 
+from service.engine.native import prebuilt
 from service.engine.native.kernels import BLOCK_ROWS, PANEL, Kernels, LoraRows, Term, kernels, pack, unpack
+from service.engine.native.prebuilt import LEVELS, build_all, prebuilt_library
 
 found = kernels()
 pytestmark = pytest.mark.skipif(found is None, reason="there is no C compiler")
@@ -13,6 +18,26 @@ pytestmark = pytest.mark.skipif(found is None, reason="there is no C compiler")
 def native() -> Kernels:
     assert found is not None
     return found
+
+
+def test_kernels_built_ahead_are_the_best_that_the_processor_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prebuilt_library(tmp_path) is None
+    build_all(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{level}.so" for level in LEVELS}
+    levels = [*LEVELS.items()]
+    for place, (level, needed) in enumerate(levels):
+        monkeypatch.setattr(prebuilt, "instructions", lambda needed=needed: b"flags : sse2 " + b" ".join(needed))
+        assert prebuilt_library(tmp_path) == tmp_path / f"{level}.so"
+        for name in sorted(needed):
+            monkeypatch.setattr(prebuilt, "instructions", lambda left=needed - {name}: b" ".join(left))
+            below = [tmp_path / f"{each}.so" for each, less in levels[place + 1 :] if less <= needed - {name}]
+            assert prebuilt_library(tmp_path) == next(iter(below), None)
+    monkeypatch.undo()
+    usable = prebuilt_library(tmp_path)
+    if usable is None:
+        pytest.skip("this processor has no AVX2")
+    x, weight = noise(3, 24), noise(32, 24, seed=1)
+    torch.testing.assert_close(Kernels(ctypes.CDLL(str(usable))).linear(x, pack(weight), None), x @ weight.T)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

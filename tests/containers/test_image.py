@@ -118,6 +118,11 @@ def test_a_model_can_be_mounted(podman: Podman, server_image: str) -> None:
         assert generated(container).status_code == 200
 
 
+def test_the_kernels_are_in_the_image_and_no_compiler(podman: Podman, server_image: str) -> None:
+    script = "from service.engine.native.kernels import kernels; print(kernels() is not None)"
+    assert podman("run", "--rm", "--entrypoint", "python", server_image, "-c", script).strip() == "True"
+
+
 def test_no_layer_holds_pips_settings_or_a_tool_to_install(podman: Podman, server_image: str) -> None:
     history = podman("history", "--no-trunc", server_image)
     assert "index-url=" not in history

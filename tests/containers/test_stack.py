@@ -41,6 +41,8 @@ class Stack:
             parameters = {"adapter_id": adapter, "rank": rank, "max_new_tokens": 12}
             given = {name: value for name, value in parameters.items() if value is not None}
             self.server.post("/generate", json={"inputs": "name[The Vaults]", "parameters": given}).raise_for_status()
+        slo = {"adapter_id": "mr-to-text", "latency_slo_ms": 60_000, "max_new_tokens": 4}
+        self.server.post("/generate", json={"inputs": "name[The Vaults]", "parameters": slo}).raise_for_status()
         self.server.post("/generate", json={"inputs": "x", "parameters": {"adapter_id": "nobody"}})
 
 
@@ -52,6 +54,7 @@ def stack(podman: Podman, server_image: str, prometheus_image: str) -> Iterator[
         "PROMETHEUS_IMAGE": prometheus_image,
         "SERVER_PUBLISHED_PORT": str(server_port),
         "PROMETHEUS_PUBLISHED_PORT": str(prometheus_port),
+        "SHADOW_SHARE": "1",
     }
     podman.compose(COMPOSE, "up", "--detach", "--no-build", "server", "prometheus", environment=environment)
     try:

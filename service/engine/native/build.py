@@ -17,15 +17,15 @@ log = logging.getLogger(__name__)
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 _HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-lm")
-_COMPILERS = ("cc", "gcc")
+COMPILERS = ("cc", "gcc")
 _TIMEOUT_S = 120
 
 
 def built_library() -> Path | None:
     """The library, from the user's cache or built now; None, with the reason in the log, where it can't be built."""
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        log.info("no C compiler (%s) was found: products run by torch alone, slower", " or ".join(_COMPILERS))
+        log.info("no C compiler (%s) was found, to build kernels with", " or ".join(COMPILERS))
         return None
     name = f"kernels-{_fingerprint(compiler)}.so"
     started = time.monotonic()
@@ -36,7 +36,7 @@ def built_library() -> Path | None:
                 continue
             built = folder / name
             if not built.exists():
-                _build(compiler, built)
+                build(compiler, built)
                 log.info("kernels built for this processor in %.1f s: %s", time.monotonic() - started, built)
             return built
         except OSError:  # a folder that can't be written to: the next one
@@ -54,11 +54,11 @@ def _folders() -> tuple[Path, Path]:
     return cache, Path(tempfile.gettempdir()) / f"dylora-{os.getuid()}"
 
 
-def _build(compiler: str, built: Path) -> None:
+def build(compiler: str, built: Path, *more_flags: str) -> None:
     """Compile beside the target and rename, so that two processes that build at once both find a whole file."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         fresh = Path(folder) / built.name
-        command = [compiler, *map(str, SOURCES), "-o", str(fresh), *_FLAGS]
+        command = [compiler, *map(str, SOURCES), "-o", str(fresh), *_FLAGS, *more_flags]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
         fresh.replace(built)
 
@@ -66,11 +66,12 @@ def _build(compiler: str, built: Path) -> None:
 def _fingerprint(compiler: str) -> str:
     """Of all that the machine code follows from: the sources, how it is compiled, and the processor's instructions."""
     sources = [path.read_bytes() for path in (*SOURCES, *_HEADERS)]
-    parts = [*sources, compiler.encode(), " ".join(_FLAGS).encode(), platform.machine().encode(), _instructions()]
+    parts = [*sources, compiler.encode(), " ".join(_FLAGS).encode(), platform.machine().encode(), instructions()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
-def _instructions() -> bytes:
+def instructions() -> bytes:
+    """Names of the processor's instruction sets, as Linux tells them; elsewhere its name."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:  # not Linux

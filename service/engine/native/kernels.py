@@ -7,6 +7,7 @@ torch's `linear` calls, 23 / 59 / 67 / 92 / 124 / 313. MKL with packed weights w
 
 import ctypes
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from service.engine.native.build import built_library
+from service.engine.native.prebuilt import prebuilt_library
+
+log = logging.getLogger(__name__)
 
 PANEL = 16
 """Outputs that stand together in a packed weight."""
@@ -278,6 +282,9 @@ class Kernels:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels for this processor; None where there is no compiler to build them."""
-    library = built_library()
-    return None if library is None else Kernels(ctypes.CDLL(str(library)))
+    """The kernels for this processor; None, with a line in the log, where there is neither a compiler nor a library."""
+    library = built_library() or prebuilt_library()
+    if library is None:
+        log.info("products run by torch alone, slower")
+        return None
+    return Kernels(ctypes.CDLL(str(library)))
