@@ -1,6 +1,7 @@
 """The `dylora` command: the server's own commands, whose options are the fields of Settings, and the library's."""
 
 import argparse
+import difflib
 import signal
 import sys
 import threading
@@ -22,6 +23,8 @@ BAD_USAGE = 2
 """Exit status for settings, models and folders that can't be used."""
 
 _COMMANDS = (*COMMANDS, keys_command.COMMAND)
+_SETTINGS = {"serve": "start the server", "settings": "print every setting, its variable and its value"}
+"""Commands whose options are the settings."""
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
 
@@ -48,8 +51,12 @@ def main(argv: Sequence[str] | None = None, make_engine: EngineFactory | None = 
         argv: arguments without the program's name.
         make_engine: makes the engine; the real one unless given.
     """
-    options = vars(_parser().parse_args(argv))
+    parser = _parser()
+    found, unknown = parser.parse_known_args(argv)
+    options = vars(found)
     command = options.pop("command")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0]) if command in _SETTINGS else ''}")
     try:
         for each in _COMMANDS:
             if each.name == command:
@@ -84,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dylora {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (("serve", "start the server"), ("settings", "print every setting, its variable and its value")):
+    for name, text in _SETTINGS.items():
         command = commands.add_parser(
             name, help=text, description=text, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -95,14 +102,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _nearest(unknown: str) -> str:
+    options = [_option(field) for field in Settings.model_fields]
+    near = difflib.get_close_matches(unknown.partition("=")[0], options, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
 def _add_option(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> None:
     default = info.get_default(call_default_factory=True, validated_data={})
     shown = "" if default in (None, {}) else f" (default {_plain(default)})"
     help_text = f"{info.description}{shown} [{variable(field)}]".replace("%", "%%")
-    option = f"--{field.replace('_', '-')}"
     kind: Any = {"action": argparse.BooleanOptionalAction} if info.annotation is bool else {"metavar": "VALUE"}
     # Values stay text, and absent ones stay absent: Settings alone reads and checks them.
-    parser.add_argument(option, dest=field, default=argparse.SUPPRESS, help=help_text, **kind)
+    parser.add_argument(_option(field), dest=field, default=argparse.SUPPRESS, help=help_text, **kind)
 
 
 def _settings_table(settings: Settings) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -76,6 +77,8 @@ def real_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if settings.model.startswith(("/", "./", "../")) and not Path(settings.model).is_dir():
+        raise SettingsError(f"model ({variable('model')}): there is no folder {settings.model!r}")
     device = _device(settings.device)
     loaded = load_model(
         str(demo.demo_model_folder()) if settings.model == DEMO_MODEL else settings.model,

@@ -247,3 +247,15 @@ def test_help_and_settings_do_not_wait_for_torch() -> None:
     script = "import sys; from service.cli import main; main(['settings']); sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run([sys.executable, "-c", script], cwd=root, stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_an_option_that_is_misspelt_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--prot=9"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --prot=9; did you mean --port?" in capsys.readouterr().err
+
+
+def test_a_model_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", f"--model={tmp_path / 'nowhere'}", f"--adapters-dir={tmp_path / 'store'}"]) == 2
+    assert f"model (DYLORA_MODEL): there is no folder '{tmp_path / 'nowhere'}'" in capsys.readouterr().err

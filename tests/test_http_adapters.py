@@ -315,3 +315,11 @@ def test_kinds_can_be_told_apart(server: Server, tmp_path: Path) -> None:
         folder = folder_of(adapter(kind, quality=None), tmp_path / kind)
         response = server.client.put(f"/adapters/{kind}", params={"renest": "false"}, files=files_of(folder))
         assert response.json()["kind"] == kind
+
+
+def test_a_query_parameter_that_there_is_not_is_refused(server: Server) -> None:
+    response = server.client.get("/adapters/demo/export", params={"ranks": 2})
+    assert (response.status_code, response.json()["error"]) == (422, "ranks: no such query parameter; legal: rank")
+    response = server.client.delete("/adapters/demo", params={"force": 1})
+    assert (response.status_code, response.json()["error"]) == (422, "force: no such query parameter; there are none here")
+    assert server.client.get("/adapters/demo").status_code == 200

@@ -49,6 +49,10 @@ def test_the_answer_says_what_served_it_in_headers_and_details(server: Server) -
     assert response.headers["x-prompt-tokens"] == str(details["prompt_tokens"]) == "5"
     for name in ("x-total-time", "x-time-per-token", "x-queue-time", "x-inference-time"):
         assert int(response.headers[name]) >= 0
+    timing = details["timing"]
+    assert response.headers["x-total-time"] == str(round(timing["total_ms"]))
+    assert response.headers["x-queue-time"] == str(round(timing["queue_ms"]))
+    assert timing["queue_ms"] <= timing["time_to_first_token_ms"] <= timing["total_ms"]
     assert details["finish_reason"] == "length"
     assert details["prefill"] == []
     assert details["seed"] is None
@@ -167,7 +171,9 @@ def test_the_stream_is_the_whole_answer_in_pieces(server: Server) -> None:
     assert [event["token"] for event in events] == whole["details"]["tokens"]
     assert all(event["generated_text"] is None and event["details"] is None for event in events[:-1])
     assert events[-1]["generated_text"] == whole["generated_text"]
-    assert events[-1]["details"] == {k: v for k, v in whole["details"].items() if k not in ("tokens", "prefill")}
+    details = events[-1]["details"]
+    assert details.pop("timing").keys() == whole["details"].pop("timing").keys()
+    assert details == {k: v for k, v in whole["details"].items() if k not in ("tokens", "prefill")}
 
 
 def test_a_stream_can_end_by_eos_and_by_stop(tmp_path: Path) -> None:

@@ -116,11 +116,40 @@ def test_requests_are_logged_once_without_their_text(tmp_path: Path, service_log
 def test_a_request_that_the_engine_did_not_get_has_a_line_too(tmp_path: Path, service_log: pytest.LogCaptureFixture) -> None:
     with in_process(tmp_path) as server:
         server.generate("the secret prompt", adapter_id="nobody", headers={"X-Request-Id": "a"})
-        server.client.get("/adapters?q=secret", headers={"X-Request-Id": "b"})
+        server.client.get("/info?q=secret", headers={"X-Request-Id": "b"})
         server.client.get("/ready", headers={"X-Request-Id": "c"})
     lines = [record.getMessage() for record in service_log.records if "answered" in record.getMessage()]
     assert re.sub(r" seconds=[\d.]+", "", "\n".join(lines)).splitlines() == [
         "answered request_id=a status=404 error_type=adapter_not_found method=POST path=/generate",
-        "answered request_id=b status=200 method=GET path=/adapters",
+        "answered request_id=b status=200 method=GET path=/info",
     ]
     assert "secret" not in service_log.text
+
+
+def test_head_is_answered_wherever_get_is_and_without_a_body(server: Server) -> None:
+    paths = [path for path, methods in server.client.get("/openapi.json").json()["paths"].items() if "get" in methods]
+    for path in (*paths, "/docs", "/openapi.json"):
+        url = path.replace("{name}", "demo").replace("{job}", "x")
+        get, head = server.client.get(url), server.client.head(url)
+        assert (head.status_code, head.headers.get("content-type")) == (get.status_code, get.headers.get("content-type")), url
+        if path != "/metrics":  # whose length changes
+            assert head.headers.get("content-length") == get.headers.get("content-length"), url
+
+
+def test_a_wrong_path_or_method_is_named_with_what_is_legal(server: Server) -> None:
+    nowhere = server.client.get("/nowhere")
+    assert nowhere.status_code == 404
+    assert nowhere.json()["error"] == "GET '/nowhere': there is no such route; /docs has them all"
+    assert "/v1/embeddings" in server.client.post("/v1/embeddings").json()["error"]["message"]
+    for path, legal in (("/generate", "POST"), ("/docs", "GET, HEAD"), ("/adapters/x", "DELETE, GET, HEAD, PUT")):
+        refused = server.client.patch(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, legal)
+        assert refused.json()["error"] == f"PATCH {path!r}: this route has no such method; legal: {legal}"
+
+
+def test_a_compressed_body_is_refused_by_its_header(server: Server) -> None:
+    for encoding, status in (("gzip", 415), ("br", 415), ("identity", 200)):
+        response = server.client.post("/generate", json={"inputs": "x"}, headers={"Content-Encoding": encoding})
+        assert response.status_code == status
+    refused = server.client.post("/v1/completions", content=b"x", headers={"Content-Encoding": "gzip"})
+    assert refused.json()["error"]["message"] == "content-encoding: 'gzip' is not read; send the body as it is"

@@ -201,6 +201,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(server: Server) -> None:
     }
     ends = [piece for piece in pieces if piece["choices"][0]["finish_reason"]]
     assert all(piece["lora"]["mode"] == "base" for piece in ends)
+    assert all(piece["lora"]["timing"]["total_ms"] > 0 for piece in ends)
 
 
 def test_a_chat_stream_is_the_whole_answer_in_pieces(server: Server) -> None:
@@ -382,6 +383,10 @@ def test_models_are_the_base_and_the_adapters(server: Server) -> None:
     for each in listed["data"]:
         assert good(server.client.get(f"/v1/models/{each['id']}")) == each
     assert "nix" in refused(server.client.get("/v1/models/nix"), "model", 404)
+    for name in ("demo@2", "demo@max", "demo@auto"):
+        assert good(server.client.get(f"/v1/models/{name}"))["id"] == "demo"
+    assert "legal ranks: 1, 2, 3, 4" in refused(server.client.get("/v1/models/demo@9"), "rank")
+    assert "'x' is no rank" in refused(server.client.get("/v1/models/demo@x"), "model")
 
 
 def test_no_adapter_takes_the_base_models_name(server: Server) -> None:

@@ -18,7 +18,7 @@ from service.errors import ServiceError
 from service.http.adapters.calibration import Calibrations
 from service.http.adapters.registry import AdapterRegistry, ServedAdapter
 from service.http.asgi.auth import Authentication
-from service.http.asgi.middleware import REQUEST_ID_HEADER, BodyLimit, RequestIds
+from service.http.asgi.middleware import REQUEST_ID_HEADER, BodyLimit, HeadAsGet, RequestIds
 from service.http.asgi.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
 from service.http.asgi.request_log import RequestLog
 from service.http.asgi.request_spans import RequestSpans
@@ -87,6 +87,7 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
     # The last one added is the outermost: whoever has no key is told so before a byte of the body is read.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, tenants=tenants)
     app.add_middleware(RequestLog)
@@ -144,12 +145,16 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 400:
         # FastAPI's word for a body that Python's JSON reader gives up on: not UTF-8, or nested too deep.
         return refuse(request.scope, ErrorKind(422, "validation"), "body: not JSON: not UTF-8, or nested too deep")
-    headers = dict(error.headers or {})
+    headers, message = dict(error.headers or {}), str(error.detail)
+    where = f"{request.method[:20]} {request.url.path[:200]!r}"
+    if error.status_code == 404:
+        message = f"{where}: there is no such route; /docs has them all"
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed(request))
+        message = f"{where}: this route has no such method; legal: {headers['Allow']}"
     types = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
     kind = ErrorKind(error.status_code, types.get(error.status_code, "validation"))
-    return refuse(request.scope, kind, str(error.detail), headers)
+    return refuse(request.scope, kind, message, headers)
 
 
 def _allowed(request: Request) -> list[str]:
@@ -157,7 +162,8 @@ def _allowed(request: Request) -> list[str]:
     paths = request.app.openapi()["paths"]
     matches = (re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), request.url.path) for path in paths)
     found = (methods for match, methods in zip(matches, paths.values(), strict=True) if match)
-    return sorted({method.upper() for methods in found for method in methods})
+    names = {method.upper() for methods in found for method in methods} or {"GET"}  # the pages are not in the document
+    return sorted(names | ({"HEAD"} if "GET" in names else set()))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:

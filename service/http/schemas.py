@@ -285,6 +285,15 @@ class SloOut(BaseModel):
     met: bool | None = Field(description="Measured in the server, from the arrival of the request's headers.")
 
 
+class Timing(BaseModel):
+    """Milliseconds that the generation took, as the headers of a whole answer tell them; of several sequences, the longest."""
+
+    queue_ms: float
+    time_to_first_token_ms: float
+    time_per_token_ms: float
+    total_ms: float
+
+
 class ServedBy(BaseModel):
     """What served a request."""
 
@@ -295,6 +304,7 @@ class ServedBy(BaseModel):
     rank_policy: str | None
     predicted: PredictedTimes | None = Field(default=None, exclude_if=is_none, description="Where it could be predicted.")
     slo: SloOut | None = Field(default=None, exclude_if=is_none, description="Where there are objectives.")
+    timing: Timing | None = Field(default=None, exclude_if=is_none, description="Known when all is generated.")
     mode: Mode
 
 

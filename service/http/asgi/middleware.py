@@ -43,9 +43,21 @@ class RequestIds:
         await self._app(scope, receive, send_with_id)
 
 
+class HeadAsGet:
+    """Answers HEAD wherever GET is answered, by the same headers; the connection leaves the body out. Innermost."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
+
+
 class BodyLimit:
     """Refuses bodies above a limit with 413: by Content-Length at once, else as soon as the bytes exceed it. Refuses those
-    that come too slowly with 408.
+    that come too slowly with 408, and those that are compressed with 415.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -56,6 +68,12 @@ class BodyLimit:
         """Handle one connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        encoding = Headers(scope=scope).get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            message = f"content-encoding: {encoding[:80]!r} is not read; send the body as it is"
+            answer = refuse(scope, ErrorKind(415, "unsupported_media_type"), message, {**_CLOSE, "Accept-Encoding": "identity"})
+            await answer(scope, receive, send)
             return
         is_upload = scope["method"] == "PUT" and scope["path"].startswith("/adapters/")
         limit = self._settings.max_adapter_bytes if is_upload else self._settings.max_body_bytes

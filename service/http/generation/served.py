@@ -7,7 +7,7 @@ from service.core import Event, Failed, Finished, Mode, SamplingParams, Token, T
 from service.http.generation.measurement import Measurement
 from service.http.generation.stream import EventStream
 from service.http.generation.submit import Submitted
-from service.http.schemas import PredictedTimes, ServedBy, SloOut
+from service.http.schemas import PredictedTimes, ServedBy, SloOut, Timing
 from service.rank.rank_policy import RankReason
 
 BASE = "base"
@@ -77,8 +77,8 @@ def finished_or_raise(event: Event) -> Finished:
             raise ClientGone
 
 
-def served_by(submitted: Submitted, mode: Mode) -> ServedBy:
-    """What served a request."""
+def served_by(submitted: Submitted, mode: Mode, usage: Usage | None = None) -> ServedBy:
+    """What served a request, and how long it took where that is known."""
     adapter, decision = submitted.adapter, submitted.decision
     return ServedBy(
         adapter_id=adapter.name if adapter else None,
@@ -88,7 +88,17 @@ def served_by(submitted: Submitted, mode: Mode) -> ServedBy:
         rank_policy=decision.policy if decision else None,
         predicted=_predicted(submitted.measurement),
         slo=_slo(submitted.measurement),
+        timing=None if usage is None else _timing(usage),
         mode=mode,
+    )
+
+
+def _timing(usage: Usage) -> Timing:
+    return Timing(
+        queue_ms=round(usage.queue_s * 1000, 2),
+        time_to_first_token_ms=round(usage.time_to_first_token_s * 1000, 2),
+        time_per_token_ms=round((usage.total_s - usage.queue_s) * 1000 / max(usage.generated_tokens, 1), 2),
+        total_ms=round(usage.total_s * 1000, 2),
     )
 
 

@@ -33,7 +33,7 @@ async def collect_completion(
     choices = [choice.model_copy(update={"index": index}) for index, choice in enumerate(choices)]
     ends = [each.end for each in sequences]
     mode, total = common_mode(ends), total_usage(submitted, ends, tells_tokens=body.max_tokens != 0)
-    answer = Completion(**heading.fields, lora=served_by(submitted, mode), choices=choices, usage=told_usage(total))
+    answer = Completion(**heading.fields, lora=served_by(submitted, mode, total), choices=choices, usage=told_usage(total))
     return WholeAnswer(answer.model_dump_json(), mode, total)
 
 
@@ -51,7 +51,7 @@ async def collect_chat(submitted: Submitted, body: ChatRequest, heading: Heading
     ]
     ends = [each.end for each in sequences]
     mode, total = common_mode(ends), total_usage(submitted, ends)
-    answer = ChatCompletion(**heading.fields, lora=served_by(submitted, mode), choices=choices, usage=told_usage(total))
+    answer = ChatCompletion(**heading.fields, lora=served_by(submitted, mode, total), choices=choices, usage=told_usage(total))
     return WholeAnswer(answer.model_dump_json(), mode, total)
 
 

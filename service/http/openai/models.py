@@ -2,6 +2,7 @@
 
 from service.http.adapters.registry import AdapterState, ServedAdapter
 from service.http.adapters.schemas import QualityOut
+from service.http.generation.selection import select
 from service.http.openai.answer_schemas import Model
 from service.http.services import Services
 
@@ -18,11 +19,17 @@ def find_model(services: Services, name: str, viewer: str) -> Model:
     """One of them.
 
     Raises:
+        InvalidRequest, IllegalRank: what follows its "@" is no rank, or none of the adapter's.
         UnknownAdapter, AdapterUnfit, NotReady: there is none that can be used.
     """
     base = _base(services)
     if name in (base.id, "base"):
         return base
+    # Whatever a request may name has an entry; of "name@8" it is the adapter's.
+    at_rank = select(name, None, None, {}, field="model")
+    name = at_rank.adapter or name
+    if isinstance(at_rank.rank, int):
+        services.registry.resolve(name, viewer).choice(at_rank.rank)
     found = _adapter(services.registry.resolve(name, viewer), services)
     assert found is not None, "what resolves can be served"
     return found

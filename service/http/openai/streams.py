@@ -51,7 +51,7 @@ async def stream_completion(
             logprobs=logprobs,
             finish_reason=stop_reason(piece.end) if piece.end else None,
         )
-        served = served_by(submitted, piece.end.mode) if piece.end else None
+        served = served_by(submitted, piece.end.mode, piece.end.usage) if piece.end else None
         return CompletionChunk(**heading.fields, lora=served, choices=[choice])
 
     def last(usage: Usage) -> CompletionChunk:
@@ -71,7 +71,7 @@ async def stream_chat(submitted: Submitted, body: ChatRequest, heading: Heading,
             logprobs=chat_logprobs([piece.token], body.top_logprobs or 0) if body.logprobs else None,
             finish_reason=stop_reason(piece.end) if piece.end else None,
         )
-        served = served_by(submitted, piece.end.mode) if piece.end else None
+        served = served_by(submitted, piece.end.mode, piece.end.usage) if piece.end else None
         return ChatChunk(**heading.fields, lora=served, choices=[choice])
 
     def last(usage: Usage) -> ChatChunk:

@@ -12,10 +12,10 @@ from service.errors import InvalidRequest
 from service.http.adapters import changes
 from service.http.adapters.schemas import AdapterOut, entry_of
 from service.http.adapters.uploads import receive_upload
-from service.http.routes.common import AdapterName, TheCaller, TheServices, errors, needs
+from service.http.routes.common import ONLY_KNOWN_QUERIES, AdapterName, TheCaller, TheServices, errors, needs
 from service.keys import Scope
 
-router = APIRouter(prefix="/adapters", tags=["adapters"], responses=errors(401, 403, 429))
+router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=[ONLY_KNOWN_QUERIES], responses=errors(401, 403, 429))
 _READ = [needs(Scope.ADAPTERS_READ)]
 _WRITE = [needs(Scope.ADAPTERS_WRITE)]
 

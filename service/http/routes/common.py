@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Request, Security, params
 from fastapi.security import HTTPBearer
 
+from service.errors import InvalidRequest
 from service.http.generation.arrival import Arrival
 from service.http.openai.answer_schemas import OpenAIError
 from service.http.schemas import ErrorResponse
@@ -50,6 +51,19 @@ def needs(scope: Scope) -> params.Depends:
 
     dependency: params.Depends = Depends(check)
     return dependency
+
+
+def _only_known_queries(request: Request) -> None:
+    route = request.scope["route"]
+    known = sorted(each.alias for each in route.dependant.query_params)
+    for name in request.query_params:
+        if name not in known:
+            legal = f"legal: {', '.join(known)}" if known else "there are none here"
+            raise InvalidRequest(name[:80], f"no such query parameter; {legal}")
+
+
+ONLY_KNOWN_QUERIES: params.Depends = Depends(_only_known_queries)
+"""What a router declares: a query parameter that a route does not have is refused, as an unknown field of a body is."""
 
 
 def arrival_of(request: Request, *, is_streamed: bool) -> Arrival:

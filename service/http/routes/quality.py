@@ -13,11 +13,13 @@ from service.errors import AdapterUnfit, InvalidRequest
 from service.http.adapters.calibration import METRIC, Job, JobState, MeasuredText
 from service.http.generation.submit import tokenizing
 from service.http.latencies import Percentiles
-from service.http.routes.common import AdapterName, TheCaller, TheServices, errors, needs
+from service.http.routes.common import ONLY_KNOWN_QUERIES, AdapterName, TheCaller, TheServices, errors, needs
 from service.http.schemas import PlainText, PositiveInt, Text
 from service.keys import Scope
 
-router = APIRouter(prefix="/adapters", tags=["quality"], responses=errors(401, 403, 404, 422, 429, 503))
+router = APIRouter(
+    prefix="/adapters", tags=["quality"], dependencies=[ONLY_KNOWN_QUERIES], responses=errors(401, 403, 404, 422, 429, 503)
+)
 MAX_EXAMPLES = 1000
 _MAX_DEFAULT_RANKS = 16
 

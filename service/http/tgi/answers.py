@@ -80,7 +80,7 @@ async def stream(submitted: Submitted, body: GenerateRequest, first: tuple[int, 
 
 def _facts(submitted: Submitted, sampling: SamplingParams, end: Finished) -> StreamDetails:
     return StreamDetails(
-        **dict(served_by(submitted, end.mode)),
+        **dict(served_by(submitted, end.mode, end.usage)),
         finish_reason=end.reason,
         prompt_tokens=end.usage.prompt_tokens,
         generated_tokens=end.usage.generated_tokens,
