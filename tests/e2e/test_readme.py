@@ -92,6 +92,10 @@ def test_every_metric_is_documented(demo: ServerProcess) -> None:
     assert not missing
 
 
+def test_every_setting_is_documented() -> None:
+    assert [name for name in Settings.model_fields if f"`{name}`" not in README] == []
+
+
 def test_settings_that_readme_names_exist() -> None:
     limits = README[README.index("## Limits") : README.index("## Metrics")]
     named = {word for word in re.findall(r"`([a-z_]+)`", limits) if "_" in word}
