@@ -1,6 +1,7 @@
 """From the engine's thread to the event loop: the events of one request, as an async iterator."""
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,7 +20,7 @@ class EventStream:
     so that its place in the batch is free before the next step.
 
     A reader never delays the engine: events wait in a plain deque, and the loop is woken once however many have come
-    meanwhile. One that falls too far behind is cut off.
+    meanwhile, of all streams. One that falls too far behind is cut off.
 
     Args:
         on_event: told each event first, in the engine's thread, whether or not anyone still reads. It must not raise.
@@ -47,6 +48,7 @@ class EventStream:
         self._events: deque[Event] = deque()
         self._arrived = arrived or asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._bell = _bell_of(self._loop)
         self._is_wake_due = False
         self._has_ended = False
 
@@ -124,18 +126,51 @@ class EventStream:
         self._wake_reader()
 
     def _wake_reader(self) -> None:
-        if self._is_wake_due:
-            return
-        self._is_wake_due = True
-        try:
-            self._loop.call_soon_threadsafe(self._wake)
-        except RuntimeError:
-            return  # the loop is closed: the server is gone, and nobody reads
+        if not self._is_wake_due:
+            self._is_wake_due = True
+            self._bell.ring(self._wake)
 
     def _wake(self) -> None:
         # Cleared before readers look: an event that comes after this line schedules a wake-up of its own.
         self._is_wake_due = False
         self._arrived.set()
+
+
+class _Bell:
+    """Wakes an event loop once for what all its streams have heard meanwhile: as a rule, once a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._is_due = False
+
+    def ring(self, then: Callable[[], None]) -> None:
+        """Call something in the loop, soon. From any thread."""
+        self._waiting.append(then)
+        loop = self._loop()
+        if self._is_due or loop is None:
+            return
+        self._is_due = True
+        try:
+            loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:
+            return  # the loop is closed: the server is gone, and nobody reads
+
+    def _wake(self) -> None:
+        self._is_due = False  # before looking, as above
+        while self._waiting:
+            self._waiting.popleft()()
+
+
+_BELLS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = weakref.WeakKeyDictionary()
+
+
+def _bell_of(loop: asyncio.AbstractEventLoop) -> _Bell:
+    """The one of a loop. From the loop's thread."""
+    bell = _BELLS.get(loop)
+    if bell is None:
+        bell = _BELLS[loop] = _Bell(loop)
+    return bell
 
 
 def submit_all(streams: Sequence[EventStream]) -> None:

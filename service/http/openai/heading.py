@@ -3,6 +3,7 @@
 import hashlib
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from service.http.generation.submit import Submitted
@@ -25,9 +26,9 @@ class Heading:
         adapter, base = submitted.adapter, services.engine.model.name
         return cls(id, int(time.time()), adapter.name if adapter else base, fingerprint(services, submitted))
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, Any]:
-        """By name."""
+        """By name. Not to be changed."""
         return asdict(self)
 
 
