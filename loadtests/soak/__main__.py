@@ -54,7 +54,7 @@ async def soak(server: ServerProcess, clients: int, seconds: float, seed: int) -
                 show(minute=round((loop.time() - started) / 60), requests=books.started, memory_mb=memory[-1][1] >> 20)
             await asyncio.sleep(SAMPLE_S)
 
-    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as http:
         asked = (SoakClient(http, random.Random(f"{seed}/{number}"), books, uploads).run(until) for number in range(clients))
         await asyncio.gather(watch(), *asked)
     memory.append((loop.time() - started, server.rss_bytes()))
