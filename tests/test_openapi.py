@@ -1,5 +1,6 @@
 """The OpenAPI document against the server that it describes: schemathesis, with all its checks."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,5 +34,9 @@ def test_every_route_does_what_the_document_says(tmp_path: Path) -> None:
         ]  # fmt: skip
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, done.stdout[-10_000:]
+        cases = re.search(r"([\d,]+) generated", done.stdout)
+        assert cases is not None, done.stdout[-2000:]
+        print(f"{cases[1]} cases")
+        assert int(cases[1].replace(",", "")) >= 2000
         assert server.client.get("/health").status_code == 200
         assert engine.wait_until(lambda stats: stats.running == 0)

@@ -89,8 +89,11 @@ class Podman:
         self(*command, str(context), timeout_s=_BUILD_S)
 
     def remove_all(self) -> None:
-        """End and remove every container and image of this storage."""
+        """End and remove every container and image of this storage, and what is still mounted of it."""
         self("system", "reset", "--force", may_fail=True)
+        mounted = (line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines())
+        for folder in reversed([each for each in mounted if Path(each).is_relative_to(self._root)]):
+            subprocess.run(["umount", "--lazy", folder], check=False)
 
     def _run(
         self,
