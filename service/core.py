@@ -197,12 +197,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token was generated. If it `is_last`, the next event is Finished."""
+    """A token was generated, at `rank`, 0 for the base. If it `is_last`, the next event is Finished."""
 
     request_id: str
     token: Token
     mode: Mode
     is_last: bool = False
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -422,6 +423,12 @@ class EngineProtocol(Protocol):
 
     def abort(self, request_id: str) -> None:
         """End a request if it still runs; its place is free before the next step. Unknown ids are ignored."""
+
+    def change_rank(self, request_id: str, choice: AdapterChoice) -> None:
+        """Let a request go on at another rank of its adapter from the next step on; the keys and values that it has stay.
+
+        Unknown ids are ignored.
+        """
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""

@@ -47,6 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.live: list[Sequence] = []
         self.slots: dict[tuple[int, int], int] = {}  # (block, place in it) to what the keys and values depend on
+        self.ranks: dict[tuple[Sequence, int], list[AdapterChoice | None]] = {}  # of each token computed since a preemption
 
     # Few tokens, so that many prompts begin alike.
     @rule(
@@ -66,6 +67,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         gone = data.draw(st.sampled_from(self.live))
         self.live.remove(gone)
         self.scheduler.finish(gone)
+
+    @precondition(lambda self: any(each.version == "a" for each in self.live))
+    @rule(data=st.data(), rank=st.sampled_from([1, 2]))
+    def change_rank(self, data: st.DataObject, rank: int) -> None:
+        changed = data.draw(st.sampled_from([each for each in self.live if each.version == "a"]))
+        changed.change_rank(AdapterChoice("a", rank, 1.0))
 
     @rule(version=st.sampled_from("ab"))
     def unload(self, version: str) -> None:
@@ -99,10 +106,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         sequence = chunk.sequence
         assert chunk.start == sequence.computed
         assert chunk.end <= len(sequence.blocks) * self.pool.block_tokens
-        content = hash(sequence.adapter)
+        # What it found in the cache must be as if it had been computed at the rank that it begins with.
+        ranks = self.ranks.setdefault((sequence, sequence.preemptions), [sequence.choice] * chunk.start)
+        ranks += [sequence.choice] * chunk.length
+        content = 0
         for at in range(chunk.end):
             number, place = divmod(at, self.pool.block_tokens)
-            content = hash((content, sequence.tokens[at]))
+            content = hash((content, sequence.tokens[at], ranks[at]))
             if at < chunk.start:
                 assert self.slots[sequence.blocks[number], place] == content, "it would read another's keys and values"
             else:

@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from adapters.adapter import Adapter
 from service.core import (
     Aborted,
+    AdapterChoice,
     Compile,
     EngineObserver,
     EngineStats,
@@ -261,6 +262,28 @@ class Engine:
             sequence = self._live.get(request_id)
             if sequence is not None:
                 self._inbox.put(lambda: self._abort(sequence))
+
+    def change_rank(self, request_id: str, choice: AdapterChoice) -> None:
+        """Let a request go on at another rank of its adapter from the next step on. Unknown ids are ignored.
+
+        The keys and values that it has stay, so what it computes from then on depends on both ranks, and is shared with
+        nobody. A request that waits, or is computed again after a preemption, runs as if it had had the new rank from the
+        beginning.
+
+        Raises:
+            ValueError: the choice is of another adapter.
+            IllegalRank: the adapter does not have the rank.
+        """
+        with self._lock:
+            sequence = self._live.get(request_id)
+            if sequence is None:
+                return
+            if choice.version != sequence.version:
+                raise ValueError(f"{request_id!r} runs {sequence.version}, not {choice.version}")
+            adapter = self._adapters.get(choice.version)
+            if adapter is not None:  # else it was unloaded meanwhile, and the ticket keeps it
+                adapter.config.check_rank(choice.rank)
+            self._inbox.put(lambda: sequence.change_rank(choice))
 
     def stats(self) -> EngineStats:
         """Counts after the last step."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from adapters.errors import InvalidAdapter
 from service.core import (
     Aborted,
+    AdapterChoice,
     Alternative,
     CacheStats,
     EngineObserver,
@@ -55,6 +56,7 @@ class _Running:
     modes: set[Mode] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.choice = self.request.adapter
         sampling = self.request.sampling
         self.answer = AnswerText(sampling.stop, include_stop=sampling.include_stop)
 
@@ -190,6 +192,12 @@ class FakeEngine:
             self._aborting.add(request_id)
             self._changed.notify_all()
 
+    def change_rank(self, request_id: str, choice: AdapterChoice) -> None:
+        """From the next token on, as EngineProtocol says."""
+        with self._changed:
+            if request_id in self._requests:
+                self._requests[request_id].choice = choice
+
     def stats(self) -> EngineStats:
         """Counts at this moment; one block per request."""
         with self._changed:
@@ -287,7 +295,7 @@ class FakeEngine:
             del self._requests[key]
             return [Failed(key, EngineFailed(self._failures.pop(0)))]
         mode = Mode.BASE if request.adapter is None else mode
-        token = self._token(request, each.tokens)
+        token = self._token(each, each.tokens)
         each.tokens += 1
         each.modes.add(mode)
         each.first_token_at = each.first_token_at or time.perf_counter()
@@ -295,17 +303,18 @@ class FakeEngine:
         reason = FinishReason.STOP_SEQUENCE if is_stopped else _finish_reason(each, token)
         if reason is not None and not is_stopped:
             text += each.answer.flush()
-        events: list[Event] = [TokenEvent(key, replace(token, text=text), mode, is_last=reason is not None)]
+        rank = each.choice.rank if each.choice else 0
+        events: list[Event] = [TokenEvent(key, replace(token, text=text), mode, is_last=reason is not None, rank=rank)]
         if reason is not None:
             del self._requests[key]
             final = next(iter(each.modes)) if len(each.modes) == 1 else Mode.MIXED
             events.append(Finished(key, reason, each.answer.text, final, _usage(each), _prompt(request)))
         return events
 
-    def _token(self, request: GenerationRequest, index: int) -> Token:
+    def _token(self, running: _Running, index: int) -> Token:
+        request, choice = running.request, running.choice
         if self._eos_after == index and not request.sampling.ignore_eos:
             return Token(EOS_ID, "", -0.5, special=True)
-        choice = request.adapter
         alternatives = _alternatives(request.sampling.alternatives)
         seed = request.sampling.seed if request.sampling.do_sample else None
         key = (request.prompt_ids, choice and (choice.version, choice.rank), seed, index)
@@ -314,7 +323,7 @@ class FakeEngine:
 
 
 def _mode_of(active: list[_Running]) -> Mode:
-    choices = {each.request.adapter for each in active}
+    choices = {each.choice for each in active}
     if choices == {None}:
         return Mode.BASE
     return Mode.MERGED if len(choices) == 1 else Mode.MIXED

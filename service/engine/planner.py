@@ -81,7 +81,7 @@ class Planner:
             rows_used = rows.input_ids.numel()
             if weights is not None and self._costs.cheapest((Mode.MERGED, Mode.MIXED), rows_used) is Mode.MERGED:
                 return Mode.MERGED, weights
-        choices = [chunk.sequence.adapter for chunk in batch.chunks]
+        choices = [chunk.sequence.choice for chunk in batch.chunks]
         return Mode.MIXED, self._bank.step(choices, [chunk.length for chunk in batch.chunks], rows.kept)
 
     def record(self, mode: Mode, rows: int, seconds: float) -> None:

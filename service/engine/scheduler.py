@@ -14,26 +14,46 @@ class Sequence:
     """A request on its way through the engine.
 
     Attributes:
+        choice: the adapter and the rank of the tokens that are computed next; it may change while the sequence runs.
         tokens: the prompt and all that was generated.
         computed: how many of `tokens`, from the first, have their keys and values in the cache.
         blocks: the cache blocks held, in order of position.
         digests: of the first full blocks of `tokens`, as far as they were needed; they stay right as tokens are added.
+        is_pure: whether all that is computed was computed at `choice`, so that others may find it under that name.
         preemptions: how often its cache was given up and computed again.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they are known; empty unless asked for.
         prompt_alternatives: beside them, the most probable tokens' ids and log-probabilities.
     """
 
     request: GenerationRequest
+    choice: AdapterChoice | None = field(init=False)
     tokens: list[int] = field(init=False)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
+    is_pure: bool = True
     preemptions: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_alternatives: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.choice = self.request.adapter
         self.tokens = list(self.request.prompt_ids)
+
+    def change_rank(self, choice: AdapterChoice) -> None:
+        """Go on at another rank of the same adapter; what is computed stays."""
+        if choice != self.choice:
+            self.choice = choice
+            self.is_pure = not self.computed
+            self.digests = []
+
+    def forget_computed(self) -> None:
+        """Begin again, at the rank that it has now."""
+        self.blocks = []
+        self.computed = 0
+        if not self.is_pure:
+            self.is_pure = True
+            self.digests = []
 
     @property
     def generated(self) -> int:
@@ -54,14 +74,9 @@ class Sequence:
         return len(self.tokens) - 1
 
     @property
-    def adapter(self) -> AdapterChoice | None:
-        """The adapter and rank it runs with."""
-        return self.request.adapter
-
-    @property
     def version(self) -> str | None:
         """The adapter it runs with, whatever the rank."""
-        return self.adapter.version if self.adapter is not None else None
+        return self.choice.version if self.choice is not None else None
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ class Batch:
     @property
     def pairs(self) -> frozenset[AdapterChoice | None]:
         """The distinct (adapter, rank) of its rows; None stands for the base alone."""
-        return frozenset(chunk.sequence.adapter for chunk in self.chunks)
+        return frozenset(chunk.sequence.choice for chunk in self.chunks)
 
     def report(self, mode: Mode, seconds: float) -> StepReport:
         """The step that it was."""
@@ -105,7 +120,7 @@ class Batch:
         ranks: dict[str, int] = {}
         row_ranks = 0
         for chunk in self.chunks:
-            choice = chunk.sequence.adapter
+            choice = chunk.sequence.choice
             if choice is not None:
                 ranks[choice.version] = max(choice.rank, ranks.get(choice.version, 0))
                 row_ranks += chunk.length * choice.rank
@@ -280,7 +295,7 @@ class Scheduler:
         return True
 
     def _may_share(self, sequence: Sequence) -> bool:
-        return self._prefix_cache or sequence.request.group is not None
+        return sequence.is_pure and (self._prefix_cache or sequence.request.group is not None)
 
     def _share_prefix(self, sequence: Sequence) -> list[int]:
         most = self._reusable_blocks(sequence)
@@ -304,7 +319,7 @@ class Scheduler:
 
     def _extend_digests(self, sequence: Sequence, blocks: int) -> None:
         among = None if self._prefix_cache else sequence.request.group
-        self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.adapter, blocks=blocks, among=among)
+        self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.choice, blocks=blocks, among=among)
 
     def _name_blocks(self, chunk: Chunk) -> None:
         """Let others find the blocks that a chunk has filled."""
@@ -330,5 +345,4 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.computed = 0
+        sequence.forget_computed()

@@ -67,7 +67,8 @@ class Ticket:
         is_special = chosen.token_id in self.vocabulary.special_ids
         alternatives = tuple(self._alternative(*pair) for pair in chosen.alternatives)
         token = Token(chosen.token_id, text, chosen.logprob, is_special, alternatives)
-        yield TokenEvent(self.request.request_id, token, mode, is_last=reason is not None)
+        rank = self.sequence.choice.rank if self.sequence.choice is not None else 0
+        yield TokenEvent(self.request.request_id, token, mode, is_last=reason is not None, rank=rank)
         if reason is not None:
             answer, usage = self._answer.text, self._usage(now)
             yield Finished(self.request.request_id, reason, answer, self._mode(), usage, self._prompt())
