@@ -96,8 +96,10 @@ bench-overhead: $(READY) ## Measure what HTTP costs beside the engine alone, one
 soak: $(READY) ## Load a server with 64 clients for ten minutes and look at what is left of it: make soak [ARGS="--minutes 60"]
 	@$(BIN)/python -m loadtests.soak $(ARGS)
 
-slo: $(READY) ## Compare fixed ranks and auto-rank under deadlines over HTTP, an hour: make slo OUT=folder [E2E=devset.csv]
-	$(BIN)/python -m loadtests.slo $(if $(OUT),--out "$(OUT)") $(if $(E2E),--e2e "$(E2E)") $(ARGS)
+slo: $(READY) ## Compare fixed ranks and auto-rank under deadlines over HTTP, half an hour: make slo OUT=folder [E2E=devset.csv] (resumes)
+	@test -n "$(OUT)" || { echo "Name a folder for the runs, the model and the adapters: make slo OUT=..." >&2; exit 1; }
+	$(BIN)/python -m loadtests.slo --out "$(OUT)" $(if $(E2E),--e2e "$(E2E)") $(ARGS)
+	$(BIN)/python -m loadtests.slo.report "$(OUT)"
 
 lock: $(READY) ## Pin the newest versions that fit pyproject.toml into constraints.txt (torch by hand, there)
 	@"$(BIN)/python" .ci/setup_env.py --lock

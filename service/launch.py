@@ -18,7 +18,7 @@ from service.http.app import create_app
 from service.http.metrics import Metrics
 from service.http.tenants import Tenants
 from service.http.tracing import Tracing
-from service.rank.latency_model import LatencyModel
+from service.rank.auto_rank import AutoRank
 from service.settings import DEMO_MODEL, Device, Dtype, Settings, SettingsError, variable
 
 EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
@@ -41,13 +41,13 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
     with _open_store(settings) as store:
         metrics = Metrics(settings.metrics_max_adapters)
         log.logger.info(log.entry("loading model", model=settings.model))
-        latency = LatencyModel()
-        engine = make_engine(settings, EngineObservers(metrics, latency))
+        auto_rank = AutoRank.of(settings)
+        engine = make_engine(settings, EngineObservers(metrics, auto_rank))
         model = engine.model
         log.logger.info(log.entry("model loaded", parameters=model.parameters, device=model.device, dtype=model.dtype))
         if settings.demo_adapters and settings.model == DEMO_MODEL:
             demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
-        app = create_app(settings, engine, store, metrics, tenants, tracing, latency)
+        app = create_app(settings, engine, store, metrics, tenants, tracing, auto_rank)
         try:
             return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
         finally:

@@ -149,6 +149,9 @@ class Settings(BaseSettings):
     slo_unattainable: WhenUnattainable = Field(
         WhenUnattainable.SERVE, description="where the policy 'latency' can't meet them: serve at its floor, or refuse with 503"
     )
+    elastic_rank: bool = Field(
+        True, description="the policy 'latency' may lower and raise the rank of a request while it runs, as the load changes"
+    )
     latency_sweep_s: float = Field(
         10, ge=0, allow_inf_nan=False, description="longest sweep at start that measures steps, if none is cached; 0: none"
     )
@@ -229,6 +232,7 @@ class Settings(BaseSettings):
                 ttft_slo_ms=self.ttft_slo_ms,
                 itl_slo_ms=self.itl_slo_ms,
                 when_unattainable=self.slo_unattainable,
+                elastic=self.elastic_rank,
             ),
         }
         return PolicyBook({**built_in, **self.policies}, self.default_policy)

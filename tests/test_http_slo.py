@@ -3,18 +3,22 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.core import Aborted, Failed, Finished, FinishReason, Mode, Token, TokenEvent, Usage
+from service.core import Aborted, Failed, Finished, FinishReason, Mode, StepReport, Token, TokenEvent, Usage
+from service.engine.fake_engine import FakeEngine
 from service.errors import EngineFailed
 from service.http.generation.measurement import Measurement
 from service.http.generation.selection import SLO_HEADERS
-from service.rank.forecast import Ask
+from service.rank.load import LoadBook
+from service.rank.prospect import Ask
+from service.rank.rank_policy import RankDecision, RankReason
 from service.slo import Slo
 from tests.http_harness import PROFILE, Server, adapter, in_process
 from tests.http_keys import make_key, write_keys
@@ -93,17 +97,15 @@ def test_what_the_client_ends_is_not_judged_and_what_fails_is_missed(server: Ser
         measurement = _measurement(server, Slo(1e6), arrived_at=time.monotonic())
         sequence = measurement.sequence("version", Ask(5, 2))
         with sequence.in_flight():
-            assert server.services.auto_rank.book.view("version", 0.0).in_flight == 1
+            assert server.services.auto_rank.book.in_flight == 1
         sequence.on_event(end)
         assert measurement.is_met is is_met
-        assert server.services.auto_rank.book.view("version", 0.0).in_flight == 0
+        assert server.services.auto_rank.book.in_flight == 0
 
 
 def _measurement(server: Server, slo: Slo, arrived_at: float) -> Measurement:
-    services = server.services
-    return Measurement(
-        services.auto_rank, services.metrics, slo=slo, policy="p", rank=0, predicted=None, in_flight=0, arrived_at=arrived_at
-    )
+    services, decision = server.services, RankDecision(1, RankReason.REQUESTED, "p")
+    return Measurement(services.auto_rank, services.metrics, slo=slo, decision=decision, predicted=None, arrived_at=arrived_at)
 
 
 def test_the_counts_are_those_of_the_clients_own(server: Server) -> None:
@@ -199,6 +201,63 @@ def test_nothing_stays_in_the_book(server: Server) -> None:
     server.generate(adapter_id="demo", latency_slo_ms=LOOSE_MS)
     server.generate(adapter_id="demo", best_of=3, do_sample=True)
     server.generate(adapter_id="demo", max_new_tokens=5, best_of=13, do_sample=True)  # more than the engine takes
-    book = server.services.auto_rank.book.view(None, 0.0)
-    assert (book.in_flight, book.columns, book.context_tokens, book.remaining_tokens) == (0, 0, 0, 0)
+    assert server.engine.wait_until(lambda stats: not stats.running + stats.waiting)  # it gives up those it took
+    book = server.services.auto_rank.book
+    assert (book.in_flight, book.adapters, book.context_tokens, book.remaining_tokens) == (0, 0, 0, 0)
+    assert not book.columns.any() and not book.row_ranks.any() and not book.due and not book.movable
     assert server.metric("dylora_slo_total", policy="latency", met="false") == 1
+
+
+class Steps:
+    """An observer of the engine that does what a test wants after each step."""
+
+    def __init__(self, act: Callable[[LoadBook], None]) -> None:
+        self.act = act
+        self.book: LoadBook | None = None
+
+    def on_step(self, report: StepReport) -> None:
+        if self.book is not None:
+            self.act(self.book)
+
+    def on_merge(self, seconds: float) -> None:
+        pass
+
+
+@contextmanager
+def stepping(root: Path, act: Callable[[LoadBook], None]) -> Iterator[Server]:
+    """A server whose engine does something after each step."""
+    steps = Steps(act)
+    with in_process(root, engine=FakeEngine(steps)) as server:
+        server.services.auto_rank.model.adopt(known_statistics())
+        steps.book = server.services.auto_rank.book
+        yield server
+
+
+def test_a_rank_that_is_changed_is_told_in_the_answer_and_counted_as_it_was_chosen(tmp_path: Path) -> None:
+    def lower(book: LoadBook) -> None:
+        for request in list(book.movable):
+            if request.generated == 1:
+                book.change_rank(request, 1)
+
+    with stepping(tmp_path, lower) as server:
+        asked: dict[str, Any] = {"adapter_id": "demo", "latency_slo_ms": LOOSE_MS, "max_new_tokens": 6}
+        response = server.generate(**asked, details=True)
+        details = response.json()["details"]
+        assert details["rank_segments"] == [{"rank": 4, "tokens": 2}, {"rank": 1, "tokens": 4}]
+        assert (details["rank"], response.headers["x-lora-rank"], details["rank_reason"]) == (1, "1", "slo")
+        body = {"inputs": "x", "parameters": asked}
+        last = server.client.post("/generate_stream", json=body).text.strip().splitlines()[-1]
+        assert '"rank_segments":[{"rank":4,"tokens":2},{"rank":1,"tokens":4}]' in last
+        assert server.metric("dylora_rank_decisions_total", policy="latency", reason="slo", rank="4") == 2
+        assert server.metric("dylora_rank_changes_total", direction="down") == 2
+        assert server.metric("dylora_requests_total", adapter="demo", rank="1", outcome="ok", mode="merged") == 2
+        tradeoff = server.client.get("/adapters/demo/tradeoff").json()
+        assert all(not rank["requests"] for rank in tradeoff["ranks"]), "its latency is that of no rank"
+
+
+@pytest.mark.parametrize("more", [{"rank": 2}, {"best_of": 2, "do_sample": True}, {"rank": "max"}])
+def test_a_rank_that_was_named_and_those_of_several_answers_are_kept(tmp_path: Path, more: dict[str, Any]) -> None:
+    seen: list[int] = []
+    with stepping(tmp_path, lambda book: seen.append(len(book.movable))) as server:
+        assert server.generate(adapter_id="demo", latency_slo_ms=LOOSE_MS, **more).status_code == 200
+    assert set(seen) == {0}

@@ -18,6 +18,7 @@ NAMES = {
     "dylora_inter_token_seconds",
     "dylora_queue_seconds",
     "dylora_tokens",
+    "dylora_rank_changes",
     "dylora_rank_decisions",
     "dylora_slo",
     "dylora_shadow_divergence",
@@ -152,7 +153,7 @@ def test_ranks_are_bounded_too() -> None:
 def test_an_aborted_request_is_counted_with_what_it_made() -> None:
     metrics = Metrics()
     tracker = RequestTracker(metrics, TrackedRequest("id", "a", 2, prompt_tokens=7), DrainRate())
-    tracker.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.MIXED))
+    tracker.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.MIXED, rank=2))
     tracker.on_event(Aborted("id"))
     labels = {"adapter": "a", "rank": "2", "mode": "mixed", "outcome": "aborted"}
     assert metrics.registry.get_sample_value("dylora_requests_total", labels) == 1

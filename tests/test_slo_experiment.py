@@ -7,9 +7,10 @@ import statistics
 import pytest
 
 from loadtests.slo.client import Wish
-from loadtests.slo.results import Outcome, curve, oracle, spread_of, summary
+from loadtests.slo.plan import KEPT
+from loadtests.slo.results import Outcome, Summary, curve, oracle, recovery_s, spread_of, summary
 from loadtests.slo.simulator import Simulation
-from loadtests.slo.trace import Arrivals, arrival_times, lognormal_lengths, trace
+from loadtests.slo.trace import Arrivals, Asked, arrival_times, lognormal_lengths, trace
 
 
 @pytest.mark.parametrize(("arrivals", "variation"), [(Arrivals.POISSON, 1.0), (Arrivals.GAMMA, 3.0)])
@@ -75,23 +76,46 @@ def test_the_spread_is_mean_and_extremes() -> None:
     assert spread_of([1.0, 2.0, 6.0]) == (3.0, 1.0, 6.0)
 
 
-@pytest.mark.parametrize(("rate_per_s", "slack"), [(1.5, 1.0), (5.0, 1.5)], ids=["low load", "overload"])
-def test_in_simulation_auto_gives_the_full_rank_where_it_can_and_gives_way_where_it_must(
-    rate_per_s: float, slack: float
-) -> None:
+def simulated(asked: list[Asked], wish: Wish) -> Summary:
     ranks = tuple(range(1, 65))
+    simulation = Simulation(ranks, dict(curve(ranks)))
+    outcomes = simulation.play(asked, wish, simulation.token_ms())
+    assert all(each.server_says_met == each.is_met for each in outcomes), "the server's verdict is the client's"
+    return summary(outcomes, 40, 64)
+
+
+def requests(rate_per_s: float, arrivals: Arrivals = Arrivals.POISSON) -> list[Asked]:
     lengths = [("p", tokens) for tokens in lognormal_lengths(0, 100)]
-    asked = trace(0, arrivals=Arrivals.POISSON, rate_per_s=rate_per_s, seconds=40, adapters=32, lengths=lengths)
-    wishes: dict[str, Wish] = {"full": {"rank": 64}, "auto": {"rank": "auto"}}
-    found = {}
-    for name, wish in wishes.items():
-        simulation = Simulation(ranks, dict(curve(ranks)))
-        outcomes = simulation.play(asked, wish, slack * simulation.token_ms())
-        assert all(each.server_says_met == each.is_met for each in outcomes), "the server's verdict is the client's"
-        found[name] = summary(outcomes, 40, 64)
-    if rate_per_s == 1.5:
-        assert found["auto"].full_rank >= 0.98
-        assert found["auto"].met == 1.0
-    else:
-        assert found["full"].met < 0.7
-        assert found["auto"].effective > found["full"].effective + 0.1
+    return trace(0, arrivals=arrivals, rate_per_s=rate_per_s, seconds=40, adapters=32, lengths=lengths)
+
+
+@pytest.mark.parametrize("policy", ["latency", KEPT])
+def test_in_simulation_at_low_load_the_full_rank_serves(policy: str) -> None:
+    found = simulated(requests(2.0), {"rank": "auto", "rank_policy": policy})
+    assert found.full_rank >= 0.99
+    assert found.met == 1.0
+
+
+def test_in_simulation_where_the_full_rank_is_late_auto_is_on_time_at_a_better_quality_than_a_fixed_rank() -> None:
+    asked = requests(10.0)
+    full, fixed, auto = (simulated(asked, {"rank": rank}) for rank in (64, 16, "auto"))
+    assert full.met < 0.7
+    assert auto.met >= 0.99
+    assert auto.quality > fixed.quality
+    assert auto.changed > 0
+
+
+def test_the_time_after_a_step_of_load_is_that_of_the_last_who_were_late() -> None:
+    def at(moment: float, *, is_met: bool) -> Outcome:
+        return Outcome(64, 1.0, 90 if is_met else 110, 100, at_s=moment)
+
+    late = [
+        at(10.2, is_met=False),
+        at(11.0, is_met=True),
+        at(11.5, is_met=False),
+        at(12.5, is_met=True),
+        at(20.1, is_met=False),
+    ]
+    assert recovery_s(late, 10.0, 20.0) == 2.5
+    assert recovery_s(late[1:2], 10.0, 20.0) == 0.0
+    assert recovery_s(late[:1], 10.0, 20.0) is None

@@ -6,7 +6,7 @@ adapter, length, deadline and moment, which all policies must get alike, and eac
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -14,12 +14,12 @@ import httpx
 from loadtests.slo.results import Outcome
 from loadtests.slo.trace import Asked
 
-Wish = dict[str, object]
+Wish = Mapping[str, object]
 """What a policy adds to a request's parameters: {"rank": 64}, {"rank": "auto"}."""
 
 
 async def play(
-    http: httpx.AsyncClient, asked: Sequence[Asked], wish: Wish, slo_ms: Callable[[Asked], float], quality: dict[int, float]
+    http: httpx.AsyncClient, asked: Sequence[Asked], wish: Wish, slo_ms: Callable[[Asked], float], quality: Mapping[int, float]
 ) -> list[Outcome]:
     """Send all requests at their moments; what became of each, in their order."""
     started = time.perf_counter()
@@ -31,7 +31,7 @@ async def play(
     return list(await asyncio.gather(*(one(each) for each in asked)))
 
 
-async def send(http: httpx.AsyncClient, asked: Asked, wish: Wish, slo_ms: float, quality: dict[int, float]) -> Outcome:
+async def send(http: httpx.AsyncClient, asked: Asked, wish: Wish, slo_ms: float, quality: Mapping[int, float]) -> Outcome:
     """Send one request now."""
     parameters: dict[str, Any] = {
         "adapter_id": adapter_name(asked.adapter),
@@ -45,9 +45,21 @@ async def send(http: httpx.AsyncClient, asked: Asked, wish: Wish, slo_ms: float,
     response = await http.post("/generate", json={"inputs": asked.prompt, "parameters": parameters})
     latency_ms = 1000 * (time.perf_counter() - sent)
     if response.status_code != 200:
-        return Outcome(None, 0.0, latency_ms, slo_ms)
+        return Outcome(None, 0.0, latency_ms, slo_ms, at_s=asked.at_s)
     details = response.json()["details"]
-    return Outcome(details["rank"], quality[details["rank"]], latency_ms, slo_ms, details["slo"]["met"])
+    segments = [(each["rank"], each["tokens"]) for each in details.get("rank_segments", [])]
+    segments = segments or [(details["rank"], asked.new_tokens)]
+    return Outcome(
+        segments[0][0],
+        sum(quality[rank] * tokens for rank, tokens in segments) / asked.new_tokens,
+        latency_ms,
+        slo_ms,
+        details["slo"]["met"],
+        asked.at_s,
+        details["rank_policy"],
+        details["rank_reason"],
+        len(segments) - 1,
+    )
 
 
 def adapter_name(number: int) -> str:

@@ -3,6 +3,7 @@
 import io
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import httpx
 import torch
 
 from adapters.adapter import Adapter, LowRank
-from adapters.checkpoint import read_peft, write_peft
+from adapters.checkpoint import write_peft
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.quality import Metric, QualityProfile
 from loadtests.slo.client import adapter_name
@@ -19,12 +20,14 @@ from loadtests.slo.results import curve
 SOURCE = "claimed by the experiment on latency objectives"
 
 
-async def upload(http: httpx.AsyncClient, template: Path, count: int, rank: int) -> list[int]:
-    """Upload adapters over the modules that the template adapts; their legal ranks."""
-    shapes = {path: (each.a.shape[1], each.b.shape[0]) for path, each in read_peft(template).modules.items()}
+async def upload(http: httpx.AsyncClient, shapes: Mapping[str, tuple[int, int]], count: int, rank: int) -> list[int]:
+    """Upload adapters over modules of these (in, out), unless they are there; their legal ranks."""
     config = AdapterConfig(AdapterKind.DYLORA, rank, alpha=1.0)
     quality = QualityProfile((Metric("claimed", higher_is_better=True, values=curve(config.ranks)),), SOURCE)
+    known = {each["id"] for each in (await http.get("/adapters")).raise_for_status().json()}
     for number in range(count):
+        if adapter_name(number) in known:
+            continue
         generator = torch.Generator().manual_seed(number)
 
         def factor(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
@@ -35,12 +38,6 @@ async def upload(http: httpx.AsyncClient, template: Path, count: int, rank: int)
         headers = {"Content-Type": "application/zip"}
         (await http.put(f"/adapters/{adapter_name(number)}", content=content, headers=headers)).raise_for_status()
     return list(config.ranks)
-
-
-async def remove(http: httpx.AsyncClient, count: int) -> None:
-    """Delete them again."""
-    for number in range(count):
-        (await http.delete(f"/adapters/{adapter_name(number)}")).raise_for_status()
 
 
 def _zip(adapter: Adapter) -> bytes:

@@ -7,13 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request; `rank` is None where it was refused or failed."""
+    """What became of one request.
+
+    Attributes:
+        rank: that it began with; None where it was refused or failed.
+        quality: the mean over its tokens of what their ranks claim.
+        at_s: its moment in the trace.
+        policy, reason: of its rank, as the answer says.
+        server_says_met: the server's verdict.
+        changes: how often its rank was changed.
+    """
 
     rank: int | None
     quality: float
     latency_ms: float
     slo_ms: float
     server_says_met: bool | None = None
+    at_s: float = 0.0
+    policy: str = ""
+    reason: str = ""
+    changes: int = 0
 
     @property
     def is_met(self) -> bool:
@@ -30,7 +43,8 @@ class Summary:
         quality: mean quality of those; the full rank is 1.
         effective: mean quality of all, 0 for those that did not: what a user gets.
         goodput_per_s: requests a second that did.
-        full_rank: share that got the largest rank.
+        full_rank: share that began with the largest rank.
+        changed: share whose rank was changed while they ran.
     """
 
     requests: int
@@ -39,6 +53,7 @@ class Summary:
     effective: float
     goodput_per_s: float
     full_rank: float
+    changed: float
 
 
 def summary(outcomes: Sequence[Outcome], seconds: float, full_rank: int) -> Summary:
@@ -52,6 +67,7 @@ def summary(outcomes: Sequence[Outcome], seconds: float, full_rank: int) -> Summ
         effective=quality / len(outcomes),
         goodput_per_s=len(met) / seconds,
         full_rank=sum(each.rank == full_rank for each in outcomes) / len(outcomes),
+        changed=sum(each.changes > 0 for each in outcomes) / len(outcomes),
     )
 
 
@@ -62,6 +78,16 @@ def oracle(fixed: Sequence[Sequence[Outcome]]) -> list[Outcome]:
     the same one.
     """
     return [max(each, key=lambda one: (one.is_met, one.quality)) for each in zip(*fixed, strict=True)]
+
+
+def recovery_s(outcomes: Sequence[Outcome], begins_s: float, ends_s: float, target: float = 0.99) -> float | None:
+    """Seconds after a step of load until the target is met by all who arrive from then to its end; None where it never is."""
+    during = sorted((each for each in outcomes if begins_s <= each.at_s < ends_s), key=lambda each: each.at_s)
+    for number, each in enumerate(during):
+        rest = during[number:]
+        if sum(one.is_met for one in rest) >= target * len(rest):
+            return each.at_s - begins_s if number else 0.0
+    return None
 
 
 def spread_of(values: Sequence[float]) -> tuple[float, float, float]:

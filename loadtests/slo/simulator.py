@@ -5,10 +5,13 @@ is what its decisions are worth, where the latency model is right but for noise.
 """
 
 import random
+import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
+from adapters.quality import Metric, QualityProfile
 from loadtests.slo.client import Wish, adapter_name
+from loadtests.slo.plan import KEPT
 from loadtests.slo.results import Outcome
 from loadtests.slo.trace import Asked
 from service.core import (
@@ -25,30 +28,31 @@ from service.core import (
     Usage,
 )
 from service.engine.blocks import BlockPool
-from service.engine.fake_engine import FakeEngine
 from service.engine.scheduler import Scheduler
 from service.engine.scheduler import Sequence as Running
-from service.http.auto_rank import AutoRank
 from service.http.generation.measurement import Measurement, SequenceMeasurement
 from service.http.metrics import Metrics
-from service.rank.forecast import Ask, EngineSizes
+from service.rank.auto_rank import AutoRank
 from service.rank.latency_model import LatencyModel
 from service.rank.policies import Policy, PolicyBook, PolicyKind
+from service.rank.prospect import Ask, EngineSizes
 from service.rank.rank_policy import RankDecision, RankFacts, decide
+from service.rank.safety import SafetyFactor
 from service.slo import Slo
 
 SIZES = EngineSizes(max_running=64, max_batch_tokens=512, prefill_chunk_tokens=16)
 PROMPT_TOKENS = 40
-_BOOK = PolicyBook({"latency": Policy(PolicyKind.LATENCY)}, "latency")
+BOOK = PolicyBook({"latency": Policy(PolicyKind.LATENCY), KEPT: Policy(PolicyKind.LATENCY, elastic=False)}, "latency")
 _TOKEN = Token(1, "", 0.0)
 
 
 def step_s(step: StepReport) -> float:
-    """Two cores and a Llama of 100M parameters in fp32, roughly: 32 rows over 32 adapters take 94 ms at rank 4, 123 at 16 and
-    241 at 64, the base 84, one row 14.
+    """Two cores and a Llama of 24M parameters in fp32, roughly as measured: 32 rows over 32 adapters take 39 ms at rank 4, 48
+    at 16 and 85 at 64, the base 25, one row 14.
     """
-    seconds = 0.012 + 0.00225 * step.decode_rows + 0.001 * step.prefill_tokens
-    return seconds + 2.4e-6 * step.columns * (step.decode_rows + step.prefill_tokens)
+    rows = step.decode_rows + step.prefill_tokens
+    seconds = 0.013 + 0.0004 * step.decode_rows + 0.0007 * step.prefill_tokens
+    return seconds + 0.0003 * min(step.adapters, rows) + 18e-6 * step.columns + 6e-6 * step.row_ranks
 
 
 class Simulation:
@@ -59,32 +63,33 @@ class Simulation:
     """
 
     def __init__(self, ranks: Sequence[int], quality: dict[int, float], *, noise: float = 0.08, seed: int = 0) -> None:
-        self._facts = RankFacts(tuple(ranks))
+        profile = QualityProfile((Metric("claimed", higher_is_better=True, values=quality),), "claimed")
+        self._facts = RankFacts(tuple(ranks), profile)
         self._quality = quality
         self._noise = noise
         self._rng = random.Random(seed)
-        self._now = 0.0
-        self._model = LatencyModel()
+        self.now = 0.0
+        model = LatencyModel()
         for step in _swept(self._rng):
-            self._model.on_step(replace(step, seconds=self._seconds(step)))
-        self._model.adopt(self._model.statistics())
-        self.auto_rank = AutoRank(self._model, FakeEngine(), SIZES, clock=lambda: self._now)
+            model.on_step(replace(step, seconds=self._seconds(step)))
+        model.adopt(model.statistics())
+        self.auto_rank = AutoRank(model, SIZES, SafetyFactor(), clock=lambda: self.now)
         self._metrics = Metrics()
 
     def token_ms(self) -> float:
         """Milliseconds of each token of a request alone at rank 1."""
-        return 1000 * step_s(StepReport(Mode.MIXED, 0, 1, 1.0, columns=1))
+        return 1000 * step_s(StepReport(Mode.MIXED, 0, 1, 1.0, columns=1, row_ranks=1, adapters=1))
 
     def play(self, asked: Sequence[Asked], wish: Wish, slack_ms: float) -> list[Outcome]:
         """Every request at its moment; `slack_ms` times the request's slack is its time for each token."""
         scheduler = Scheduler(BlockPool(20_000, 16), **_scheduler_sizes(), prefix_cache=False)
-        started, ahead = self._now, list(reversed(asked))
+        started, ahead = self.now, list(reversed(asked))
         live: dict[Running, _Live] = {}
         outcomes: dict[Asked, Outcome] = {}
         while ahead or live:
             if not live:
-                self._now = max(self._now, started + ahead[-1].at_s)
-            while ahead and started + ahead[-1].at_s <= self._now:
+                self.now = max(self.now, started + ahead[-1].at_s)
+            while ahead and started + ahead[-1].at_s <= self.now:
                 each = ahead.pop()
                 one = self._arrive(each, wish, each.deadline.slack * slack_ms * (each.new_tokens + 4), started + each.at_s)
                 live[one.running] = one
@@ -95,75 +100,65 @@ class Simulation:
     def _arrive(self, asked: Asked, wish: Wish, slo_ms: float, at: float) -> "_Live":
         name = adapter_name(asked.adapter)
         ask, slo = Ask(PROMPT_TOKENS, asked.new_tokens, asked.new_tokens), Slo(latency_ms=slo_ms)
-        outlook = self.auto_rank.outlook(name, ask, at)
-        decision = decide(wish["rank"], None, self._facts, _BOOK, slo=slo, outlook=outlook)  # type: ignore[arg-type]
+        prediction = self.auto_rank.predict(name, ask, at)
+        rank, policy = wish["rank"], wish.get("rank_policy")
+        decision = decide(rank, policy, self._facts, BOOK, slo=slo, prediction=prediction)  # type: ignore[arg-type]
         measurement = Measurement(
-            self.auto_rank,
-            self._metrics,
-            slo=slo,
-            policy=decision.policy,
-            rank=decision.rank,
-            predicted=decision.predicted,
-            in_flight=self.auto_rank.book.view(name, at).in_flight,
-            arrived_at=at,
+            self.auto_rank, self._metrics, slo=slo, decision=decision, predicted=decision.predicted, arrived_at=at
         )
         sampling = SamplingParams(max_new_tokens=asked.new_tokens, ignore_eos=True)
-        choice = AdapterChoice(name, decision.rank, 1.0)
-        request = GenerationRequest("", (1,) * PROMPT_TOKENS, sampling, choice)
-        measured = measurement.sequence(name, ask)
+        request = GenerationRequest("", (1,) * PROMPT_TOKENS, sampling, AdapterChoice(name, decision.rank, 1.0))
+        running = Running(request)
+        measured = measurement.sequence(name, ask, lambda rank: running.change_rank(AdapterChoice(name, rank, 1.0)))
         with measured.in_flight():
-            return _Live(Running(request), asked, decision, measurement, measured, slo_ms, at)
+            return _Live(running, asked, decision, measurement, measured, slo_ms, at)
 
     def _step(self, scheduler: Scheduler, live: dict[Running, "_Live"], outcomes: dict[Asked, Outcome]) -> None:
         batch = scheduler.schedule()
         assert batch is not None, "something is live"
         report = batch.report(Mode.MIXED, 1.0)
         report = replace(report, seconds=self._seconds(report))
-        self._now += report.seconds
+        self.now += report.seconds
         scheduler.commit(batch)
         for chunk in batch.chunks:
             if not chunk.samples:
                 continue
             running, one = chunk.sequence, live[chunk.sequence]
             running.tokens.append(1)
-            one.measured.on_event(TokenEvent("", _TOKEN, Mode.MIXED))
+            assert running.choice is not None
+            one.ranks.append(running.choice.rank)
+            one.measured.on_event(TokenEvent("", _TOKEN, Mode.MIXED, rank=running.choice.rank))
             if running.generated == one.asked.new_tokens:
                 scheduler.finish(running)
                 one.measured.on_event(_finished())
                 outcomes[one.asked] = Outcome(
                     one.decision.rank,
-                    self._quality[one.decision.rank],
-                    1000 * (self._now - one.arrived_at),
+                    statistics.fmean(self._quality[rank] for rank in one.ranks),
+                    1000 * (self.now - one.arrived_at),
                     one.slo_ms,
                     one.measurement.is_met,
+                    one.asked.at_s,
+                    changes=len(one.measurement.segments) - 1,
                 )
                 del live[running]
-        self._model.on_step(report)
+        self.auto_rank.on_step(report)
 
     def _seconds(self, step: StepReport) -> float:
         return step_s(step) * self._rng.lognormvariate(0.0, self._noise)
 
 
+@dataclass(eq=False)
 class _Live:
     """A request in flight."""
 
-    def __init__(
-        self,
-        running: Running,
-        asked: Asked,
-        decision: RankDecision,
-        measurement: Measurement,
-        measured: SequenceMeasurement,
-        slo_ms: float,
-        arrived_at: float,
-    ) -> None:
-        self.running = running
-        self.asked = asked
-        self.decision = decision
-        self.measurement = measurement
-        self.measured = measured
-        self.slo_ms = slo_ms
-        self.arrived_at = arrived_at
+    running: Running
+    asked: Asked
+    decision: RankDecision
+    measurement: Measurement
+    measured: SequenceMeasurement
+    slo_ms: float
+    arrived_at: float
+    ranks: list[int] = field(default_factory=list)
 
 
 def _finished() -> Event:

@@ -27,7 +27,7 @@ class DeadlineClass:
     share: float
 
 
-CLASSES = (DeadlineClass("interactive", 3.0, 0.5), DeadlineClass("standard", 6.0, 0.5))
+CLASSES = (DeadlineClass("interactive", 6.0, 0.5), DeadlineClass("standard", 12.0, 0.5))
 GAMMA_CV = 3.0
 STEP_SHARES = (0.5, 1.5)
 

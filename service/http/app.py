@@ -23,7 +23,6 @@ from service.http.asgi.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
 from service.http.asgi.request_log import RequestLog
 from service.http.asgi.request_spans import RequestSpans
 from service.http.asgi.validation_text import describe, first_field, known_fields
-from service.http.auto_rank import AutoRank
 from service.http.error_table import ErrorKind
 from service.http.metrics import Metrics
 from service.http.routes import adapters, generate, openai, ops, pages, quality, vllm
@@ -33,9 +32,7 @@ from service.http.tenants import Tenants
 from service.http.tracing import Tracing
 from service.latency.start import prepare
 from service.log import entry, logger
-from service.rank.forecast import EngineSizes
-from service.rank.latency_model import LatencyModel
-from service.rank.margins import Margins
+from service.rank.auto_rank import AutoRank
 from service.settings import Settings
 from service.version import VERSION
 
@@ -47,24 +44,23 @@ def create_app(
     metrics: Metrics,
     tenants: Tenants | None = None,
     tracing: Tracing | None = None,
-    latency: LatencyModel | None = None,
+    auto_rank: AutoRank | None = None,
 ) -> FastAPI:
     """Make the application. Its lifespan starts and stops the engine; who opened the store closes it.
 
     Args:
-        engine: made, not started, with `metrics` and `latency` as its observers.
+        engine: made, not started, with `metrics` and `auto_rank` as its observers.
         store: open, of this process alone.
         tenants: those of the settings, unless given.
         tracing: makes a trace of each request; who made it closes it.
-        latency: predicts the engine's steps; a new one, which predicts nothing unless the engine tells it, if not given.
+        auto_rank: chooses by latency; a new one, which predicts nothing unless the engine tells it, if not given.
 
     Raises:
         SettingsError: the API keys can't be read.
     """
     tenants = tenants or Tenants.of(settings)
     registry = AdapterRegistry(store, engine, metrics)
-    sizes = EngineSizes(settings.max_running_requests, settings.max_batch_tokens, settings.prefill_chunk_tokens)
-    auto_rank = AutoRank(latency or LatencyModel(), engine, sizes, Margins(settings.slo_target))
+    auto_rank = auto_rank or AutoRank.of(settings)
     shadow = ShadowScorer(engine, metrics, settings.shadow_share)
     calibrations = Calibrations(engine, registry)
     services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, auto_rank, shadow, calibrations)

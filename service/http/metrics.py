@@ -47,6 +47,7 @@ class Metrics:
         self._tokens = self._counter("tokens", "Tokens read (prompt) and made (generated).", ("kind",))
         self._errors = self._counter("refused", "Requests answered with an error, by its type.", ("reason",))
         self._decisions = self._counter("rank_decisions", "Ranks chosen.", ("policy", "reason", "rank"))
+        self._changes = self._counter("rank_changes", "Ranks changed while a request ran.", ("direction",))
         self._slo = self._counter("slo", "Requests with latency objectives, by whether these were met.", ("policy", "met"))
         self._quality = Gauge("dylora_adapter_quality", "Measured quality.", (*by_rank, "metric"), registry=self.registry)
         self._shadow = Gauge("dylora_shadow_divergence", "Nats per token from the full rank.", by_rank, registry=self.registry)
@@ -81,6 +82,10 @@ class Metrics:
     def decided(self, decision: RankDecision) -> None:
         """A rank was chosen."""
         self._decisions.labels(decision.policy, decision.reason.value, str(decision.rank)).inc()
+
+    def rank_changed(self, before: int, after: int) -> None:
+        """A request's next token was made at another rank than the one before it."""
+        self._changes.labels("up" if after > before else "down").inc()
 
     def slo(self, policy: str, met: str) -> None:
         """A request with objectives ended; `met` is true, false, or refused where they could not be met."""

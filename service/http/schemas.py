@@ -294,12 +294,24 @@ class Timing(BaseModel):
     total_ms: float
 
 
+class RankSegment(BaseModel):
+    """Tokens of an answer that were made one after the other at one rank."""
+
+    rank: int
+    tokens: int
+
+
 class ServedBy(BaseModel):
     """What served a request."""
 
     adapter_id: str | None
     adapter_version: str | None
-    rank: int = Field(description="0 for the base model.")
+    rank: int = Field(description="0 for the base model; where it was changed, that of the last token.")
+    rank_segments: list[RankSegment] | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="Where the rank was changed: the ranks in turn, first the one chosen, with 0 tokens if it made none.",
+    )
     rank_reason: RankReason
     rank_policy: str | None
     predicted: PredictedTimes | None = Field(default=None, exclude_if=is_none, description="Where it could be predicted.")

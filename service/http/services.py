@@ -8,12 +8,12 @@ from service.core import EngineProtocol
 from service.errors import Draining
 from service.http.adapters.calibration import Calibrations
 from service.http.adapters.registry import AdapterRegistry
-from service.http.auto_rank import AutoRank
 from service.http.latencies import Latencies
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
 from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
+from service.rank.auto_rank import AutoRank
 from service.rank.policies import PolicyBook
 from service.settings import Settings
 

@@ -152,6 +152,8 @@ class Followed:
     def on_event(self, event: Event) -> None:
         """Take note of an event."""
         if isinstance(event, TokenEvent):
+            if self._answer is not None and event.rank != self._answer.rank:
+                self._answer = None  # its rank was changed: it tells nothing of either
             if self._answer is not None:
                 self._tokens.append(event.token)
             return

@@ -103,14 +103,16 @@ def sweep(
 
 
 @contextmanager
-def synthetic_adapters(engine: EngineProtocol, *, count: int, rank: int) -> Iterator[list[str]]:
+def synthetic_adapters(
+    engine: EngineProtocol, *, count: int, rank: int, most_bytes: int = MAX_FACTOR_BYTES
+) -> Iterator[list[str]]:
     """Load made-up DyLoRAs over the modules that real ones may adapt, all with the same factors; gone at the end.
 
-    Gives their versions: `count`, or fewer where MAX_FACTOR_BYTES do not hold so many.
+    Gives their versions: `count`, or fewer where `most_bytes` do not hold so many.
     """
     shapes = engine.adaptable_modules()
     per_rank = sum(4 * (inputs + outputs) for inputs, outputs in shapes.values())
-    count = min(count, MAX_FACTOR_BYTES // (rank * per_rank)) if per_rank else 0
+    count = min(count, most_bytes // (rank * per_rank)) if per_rank else 0
     versions = [f"latency-sweep-{number}" for number in range(count)]
     generator = torch.Generator().manual_seed(0)
 

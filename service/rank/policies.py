@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import ClassVar
 
 from service.errors import InvalidRequest
@@ -45,6 +46,7 @@ class Policy:
         ceiling: no larger rank is chosen where the adapter has a smaller one; None for no bound.
         latency_slo_ms, ttft_slo_ms, itl_slo_ms: objectives of a latency policy, where a request names none at all.
         when_unattainable: what a latency policy does at the floor.
+        elastic: a latency policy may change the rank of a request while it runs.
     """
 
     kind: PolicyKind
@@ -57,6 +59,7 @@ class Policy:
     ttft_slo_ms: float | None = None
     itl_slo_ms: float | None = None
     when_unattainable: WhenUnattainable = WhenUnattainable.SERVE
+    elastic: bool = True
 
     # Read by pydantic where a policy comes from JSON: a misspelt key must not be dropped.
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -78,7 +81,7 @@ class Policy:
         if self.kind is not PolicyKind.LATENCY and not slo.is_empty:
             raise ValueError(f"{slo} is for kind 'latency' only")
 
-    @property
+    @cached_property
     def slo(self) -> Slo:
         """The objectives of a latency policy. Raises ValueError if one is not above 0."""
         return Slo(self.latency_slo_ms, self.ttft_slo_ms, self.itl_slo_ms)

@@ -25,10 +25,10 @@ def quality_by_rank(ranks: Sequence[int], profile: QualityProfile | None) -> Map
     """Every rank's quality, higher is better.
 
     Between two measured ranks it is read off the straight line over the logarithm of the rank; outside them it is that of the
-    nearest. Without any profile the larger rank is the better one.
+    nearest. Without any profile a larger rank is better, by less and less: the logarithm stands in.
     """
     if profile is None:
-        return {rank: float(rank) for rank in ranks}
+        return {rank: math.log1p(rank) for rank in ranks}
     metric = profile.primary
     sign = 1.0 if metric.higher_is_better else -1.0
     known = sorted((rank, sign * value) for rank, value in metric.values.items())

@@ -10,7 +10,8 @@ from typing import Literal
 from adapters.errors import IllegalRank
 from adapters.quality import QualityProfile
 from service.errors import InvalidRequest, SloUnattainable
-from service.rank.latency_policy import Outlook, best_rank
+from service.rank.ladder import TOP, Ladder, bounded, constant, ladder
+from service.rank.latency_policy import Prediction, best_rank
 from service.rank.policies import Policy, PolicyBook, PolicyKind, RankBounds, WhenUnattainable
 from service.rank.quality_curve import quality_by_rank
 from service.slo import NO_SLO, Slo, Times
@@ -60,6 +61,18 @@ class RankFacts:
         """Every legal rank's quality, measured or guessed; higher is better."""
         return quality_by_rank(self.ranks, self.quality or self.prior)
 
+    def ladder(self, least: int, most: int) -> Ladder:
+        """The rank between two legal ones at each price of a column."""
+        known = self._ladders.get((least, most))
+        if known is None:
+            known = bounded(self._ladders[self.ranks[0], self.ranks[-1]], least, most)
+            self._ladders[least, most] = known
+        return known
+
+    @cached_property
+    def _ladders(self) -> dict[tuple[int, int], Ladder]:
+        return {(self.ranks[0], self.ranks[-1]): ladder(self.ranks, self.quality_by_rank)}
+
 
 @dataclass(frozen=True)
 class RankDecision:
@@ -69,6 +82,8 @@ class RankDecision:
         policy: its name; `requested` where the request named the rank itself.
         slo: the latency objectives that the request is measured by.
         predicted: its times at this rank, where they could be predicted.
+        ladder: the rank that it would have at each price of a column.
+        is_elastic: whether its rank follows the price while it runs.
     """
 
     rank: int
@@ -76,6 +91,12 @@ class RankDecision:
     policy: str
     slo: Slo = NO_SLO
     predicted: Times | None = None
+    ladder: Ladder = ()
+    is_elastic: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.ladder:
+            object.__setattr__(self, "ladder", constant(self.rank))
 
 
 def decide(
@@ -86,7 +107,7 @@ def decide(
     bounds: RankBounds = EVERY_RANK,
     *,
     slo: Slo = NO_SLO,
-    outlook: Outlook | None = None,
+    prediction: Prediction | None = None,
 ) -> RankDecision:
     """Choose the rank of one request.
 
@@ -96,7 +117,7 @@ def decide(
     Args:
         bounds: what the caller may use. What a policy chooses is brought inside them; what a request names is not changed.
         slo: objectives of the request itself.
-        outlook: what is predicted of it; None while nothing can be.
+        prediction: what is predicted of it; None while nothing can be.
 
     Raises:
         IllegalRank: the request names a rank that the adapter does not have.
@@ -105,11 +126,11 @@ def decide(
         SloUnattainable: no rank is predicted to meet the objectives, and the policy refuses such requests; or not even an
             idle server could meet them.
     """
-    decision = _decide(wish, policy, facts, book, bounds, slo, outlook)
-    if outlook is None or decision.predicted is not None:
+    decision = _decide(wish, policy, facts, book, bounds, slo, prediction)
+    if prediction is None or decision.predicted is not None:
         return decision
-    outlook.check_possible(decision.slo, decision.rank, decision.policy)
-    return replace(decision, predicted=outlook.at(decision.rank))
+    prediction.check_possible(decision.slo, decision.rank, decision.policy)
+    return replace(decision, predicted=prediction.at(decision.rank))
 
 
 def _decide(
@@ -119,14 +140,14 @@ def _decide(
     book: PolicyBook,
     bounds: RankBounds,
     slo: Slo,
-    outlook: Outlook | None,
+    prediction: Prediction | None,
 ) -> RankDecision:
     allowed = bounds.of(facts.ranks)
     if wish in (None, "auto"):
         allowed = _some(allowed, facts, bounds)
         name = _policy_name(policy, book, slo)
         if book.get(name).kind is PolicyKind.LATENCY:
-            return _by_latency(name, facts, book, allowed, slo, outlook)
+            return _by_latency(name, facts, book, allowed, slo, prediction)
         return _by_policy(name, facts, book, allowed, is_named=policy is not None, was_silent=wish is None and policy is None)
     if policy is not None:
         raise InvalidRequest("rank_policy", f"{policy[:80]!r} contradicts rank {wish!r}; give one of the two")
@@ -159,27 +180,28 @@ def _policy_name(policy: str | None, book: PolicyBook, slo: Slo) -> str:
 
 
 def _by_latency(
-    name: str, facts: RankFacts, book: PolicyBook, allowed: Sequence[int], slo: Slo, outlook: Outlook | None
+    name: str, facts: RankFacts, book: PolicyBook, allowed: Sequence[int], slo: Slo, prediction: Prediction | None
 ) -> RankDecision:
     rule = book.get(name)
     ranks: Sequence[int] = _within(facts.ranks, rule)
     if ranks[0] < allowed[0] or ranks[-1] > allowed[-1]:
         ranks = [rank for rank in ranks if allowed[0] <= rank <= allowed[-1]] or [_nearest(allowed, rule.floor)]
     slo = slo.over(rule.slo)
-    if outlook is None or slo.is_empty:  # nothing to choose by
-        return RankDecision(ranks[-1], RankReason.DEFAULT, name, slo)
-    outlook = outlook.with_others_following()
-    best = best_rank(outlook, slo, ranks, facts.quality_by_rank)
+    steps = facts.ladder(ranks[0], ranks[-1])
+    if slo.is_empty:  # nothing to choose by
+        return RankDecision(ranks[-1], RankReason.DEFAULT, name)
+    if prediction is None:
+        return RankDecision(ranks[-1], RankReason.DEFAULT, name, slo, ladder=steps, is_elastic=rule.elastic)
+    best = best_rank(prediction, slo, ranks, steps, facts.quality_by_rank, is_elastic=rule.elastic)
     rank = ranks[0] if best is None else best
-    predicted = outlook.at(rank)
+    predicted = prediction.at(rank, TOP if best is None else None)
     if not slo.is_met_by(predicted):
-        outlook.check_possible(slo, rank, name)
-    if best is not None:
-        return RankDecision(rank, RankReason.SLO, name, slo, predicted)
-    if rule.when_unattainable is WhenUnattainable.REFUSE and outlook.forecast.load.in_flight:
-        when = f"beside the {outlook.forecast.load.in_flight} requests in flight"
-        raise SloUnattainable(name, slo, rank, outlook.safe_at(rank), when, is_for_good=False)
-    return RankDecision(rank, RankReason.FLOOR, name, slo, predicted)
+        prediction.check_possible(slo, rank, name)
+    if best is None and rule.when_unattainable is WhenUnattainable.REFUSE and prediction.in_flight:
+        when = f"beside the {prediction.in_flight} requests in flight"
+        raise SloUnattainable(name, slo, rank, predicted, when, is_for_good=False)
+    reason = RankReason.FLOOR if best is None else RankReason.SLO
+    return RankDecision(rank, reason, name, slo, predicted, steps, rule.elastic)
 
 
 def _nearest(ranks: Sequence[int], bound: int) -> int:

@@ -12,7 +12,7 @@ from service.http.generation.selection import Selection
 from service.http.metrics import BASE_LABEL
 from service.http.services import Services
 from service.keys import ApiKey
-from service.rank.forecast import Ask
+from service.rank.prospect import Ask
 from service.rank.rank_policy import RankDecision, decide
 from service.slo import Slo, Times
 
@@ -25,14 +25,12 @@ class Choice:
         adapter, decision: None for the base model.
         slo: the objectives that it is measured by.
         predicted: its times at its rank; None while nothing can be predicted.
-        in_flight: requests that it finds in flight, where something is predicted.
     """
 
     adapter: ServedAdapter | None
     decision: RankDecision | None
     slo: Slo
     predicted: Times | None = None
-    in_flight: int = 0
 
     @property
     def version(self) -> str | None:
@@ -50,10 +48,8 @@ class Choice:
             services.auto_rank,
             services.metrics,
             slo=self.slo,
-            policy=self.decision.policy if self.decision else BASE_LABEL,
-            rank=self.rank,
+            decision=self.decision,
             predicted=self.predicted,
-            in_flight=self.in_flight,
             arrived_at=arrived_at,
         )
 
@@ -96,17 +92,18 @@ def choose(services: Services, selection: Selection, caller: ApiKey, ask: Ask | 
 def _choose(services: Services, selection: Selection, caller: ApiKey, ask: Ask | None, arrived_at: float) -> Choice:
     adapter = None if selection.adapter is None else services.registry.resolve(selection.adapter, caller.name)
     version = adapter.version if adapter else None
-    outlook = services.auto_rank.outlook(version, ask, arrived_at) if ask else None
-    in_flight = outlook.forecast.load.in_flight if outlook else 0
+    prediction = None
+    if ask is not None:
+        prediction = services.auto_rank.predict(version, ask, arrived_at, services.engine.stats().merged_choices)
     if adapter is None:
-        if outlook is not None:
-            outlook.check_possible(selection.slo, 0, BASE_LABEL)
-        return Choice(None, None, selection.slo, outlook.at(0) if outlook else None, in_flight)
+        if prediction is not None:
+            prediction.check_possible(selection.slo, 0, BASE_LABEL)
+        return Choice(None, None, selection.slo, prediction.at(0) if prediction else None)
     policies = services.policies.with_default(caller.rank_policy or services.settings.adapter_policies.get(adapter.name))
     decision = decide(
-        selection.rank, selection.policy, adapter.facts, policies, caller.bounds, slo=selection.slo, outlook=outlook
+        selection.rank, selection.policy, adapter.facts, policies, caller.bounds, slo=selection.slo, prediction=prediction
     )
-    return Choice(adapter, decision, decision.slo, decision.predicted, in_flight)
+    return Choice(adapter, decision, decision.slo, decision.predicted)
 
 
 def monotonic_of(loop_time: float, loop_now: float) -> float:

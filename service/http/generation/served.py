@@ -7,7 +7,7 @@ from service.core import Event, Failed, Finished, Mode, SamplingParams, Token, T
 from service.http.generation.measurement import Measurement
 from service.http.generation.stream import EventStream
 from service.http.generation.submit import Submitted
-from service.http.schemas import PredictedTimes, ServedBy, SloOut, Timing
+from service.http.schemas import PredictedTimes, RankSegment, ServedBy, SloOut, Timing
 from service.rank.rank_policy import RankReason
 
 BASE = "base"
@@ -79,11 +79,12 @@ def finished_or_raise(event: Event) -> Finished:
 
 def served_by(submitted: Submitted, mode: Mode, usage: Usage | None = None) -> ServedBy:
     """What served a request, and how long it took where that is known."""
-    adapter, decision = submitted.adapter, submitted.decision
+    adapter, decision, segments = submitted.adapter, submitted.decision, submitted.measurement.segments
     return ServedBy(
         adapter_id=adapter.name if adapter else None,
         adapter_version=adapter.version if adapter else None,
-        rank=decision.rank if decision else 0,
+        rank=segments[-1].rank if segments else 0,
+        rank_segments=[RankSegment(rank=each.rank, tokens=each.tokens) for each in segments] if len(segments) > 1 else None,
         rank_reason=decision.reason if decision else RankReason.DEFAULT,
         rank_policy=decision.policy if decision else None,
         predicted=_predicted(submitted.measurement),

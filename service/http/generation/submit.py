@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
-from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams
+from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams, TokenEvent
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.adapters.registry import ServedAdapter
 from service.http.generation.arrival import Arrival
@@ -128,14 +128,16 @@ async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProto
 
 
 def _remembering(on_event: EventSink, latencies: Latencies, request: TrackedRequest) -> EventSink:
-    """Also remember how long a request of an adapter took."""
-    adapter = request.adapter
+    """Also remember how long a request of an adapter took, if it had one rank."""
+    adapter, changed = request.adapter, False
     if adapter is None:
         return on_event
 
     def hear(event: Event) -> None:
+        nonlocal changed
         on_event(event)
-        if isinstance(event, Finished):
+        changed |= isinstance(event, TokenEvent) and event.rank != request.rank
+        if isinstance(event, Finished) and not changed:
             latencies.add(adapter, request.rank, event.usage)
 
     return hear
@@ -164,18 +166,26 @@ def _fan_out(
     max_unread = services.settings.max_unread_tokens if arrival.is_streamed else None
     arrived = asyncio.Event()
     group = secrets.token_hex(8)
+    is_alone = len(asked) == 1  # of several sequences, one answer could not say which had which rank
     streams = []
     for prompt_ids, sampling in asked:
         tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
         tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
-        measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling))
-        followed = services.shadow.follow(adapter, prompt_ids, choice, full)
         request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group)
+        change = _changing(services.engine, request.request_id, chosen.adapter) if is_alone else None
+        measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling), change)
+        followed = services.shadow.follow(adapter, prompt_ids, choice, full)
         # Measured first: whoever hears of the end may ask for the verdict at once.
         on_event = _all(measured.on_event, _remembering(tracker.on_event, services.latencies, tracked), followed.on_event)
         submitting = _submitting(measured, followed)
         streams.append(EventStream(services.engine, request, on_event, max_unread, arrived, submitting))
     return FanOut(streams, arrived)
+
+
+def _changing(engine: EngineProtocol, request_id: str, adapter: ServedAdapter | None) -> Callable[[int], None] | None:
+    if adapter is None:
+        return None
+    return lambda rank: engine.change_rank(request_id, adapter.choice(rank))
 
 
 def _all(*sinks: EventSink) -> EventSink:

@@ -16,7 +16,7 @@ class TrackedRequest:
     """What a request is counted under.
 
     Attributes:
-        rank: 0 without adapter.
+        rank: that it begins with; 0 without adapter.
         key: name of the API key, "" without.
         reason: why this rank, None without adapter.
     """
@@ -42,6 +42,7 @@ class RequestTracker:
         self._last_token_at: float | None = None
         self._tokens = 0
         self._mode: str | None = None
+        self._rank = request.rank
 
     def on_event(self, event: Event) -> None:
         """Count an event. Called from the engine's thread."""
@@ -52,8 +53,7 @@ class RequestTracker:
                 self._mode = event.mode.value
                 usage = event.usage
                 self._drain_rate.ended(usage.total_s - usage.queue_s)
-                adapter, rank = self._request.adapter, self._request.rank
-                self._metrics.completed(adapter, rank, total_s=usage.total_s, queue_s=usage.queue_s)
+                self._metrics.completed(self._request.adapter, self._rank, total_s=usage.total_s, queue_s=usage.queue_s)
                 self._end("ok", finished=event)
             case Aborted():
                 self._end("aborted")
@@ -66,7 +66,10 @@ class RequestTracker:
 
     def _on_token(self, event: TokenEvent) -> None:
         now = time.perf_counter()
-        adapter, rank = self._request.adapter, self._request.rank
+        adapter, rank = self._request.adapter, event.rank
+        if rank != self._rank:
+            self._metrics.rank_changed(self._rank, rank)
+            self._rank = rank
         if self._last_token_at is None:
             self._first_token_at = now
             self._metrics.first_token(adapter, rank, now - self._started_at)
@@ -79,7 +82,7 @@ class RequestTracker:
     def _end(self, outcome: str, error: str | None = None, finished: Finished | None = None) -> None:
         request = self._request
         seconds = time.perf_counter() - self._started_at
-        self._metrics.ended(request.adapter, request.rank, self._mode, outcome)
+        self._metrics.ended(request.adapter, self._rank, self._mode, outcome)
         self._metrics.tokens(prompt=request.prompt_tokens, generated=self._tokens)
         line = entry(
             "request",
@@ -87,7 +90,7 @@ class RequestTracker:
             outcome=outcome,
             key=request.key or None,
             adapter=request.adapter,
-            rank=request.rank,
+            rank=self._rank,
             reason=request.reason,
             mode=self._mode,
             prompt_tokens=request.prompt_tokens,
@@ -104,7 +107,7 @@ class RequestTracker:
         request = self._request
         attributes: dict[str, str | int | tuple[str, ...] | None] = {
             "dylora.adapter": request.adapter or BASE_LABEL,
-            "dylora.rank": request.rank,
+            "dylora.rank": self._rank,
             "dylora.rank_reason": request.reason,
             "dylora.mode": self._mode,
             "dylora.outcome": outcome,

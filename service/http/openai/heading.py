@@ -1,6 +1,7 @@
 """What every answer and chunk of one request under /v1 begins with."""
 
 import hashlib
+import secrets
 import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -33,8 +34,13 @@ class Heading:
 
 
 def fingerprint(services: Services, submitted: Submitted) -> str:
-    """The same for two answers if the same seed gave both the same text: a digest of all that the text depends on."""
+    """The same for two answers if the same seed gave both the same text: a digest of all that the text depends on.
+
+    Of a request whose rank may change while it runs it is never the same again.
+    """
     adapter, decision = submitted.adapter, submitted.decision
-    served = (adapter.version, decision.rank) if adapter and decision else None
+    served: object = (adapter.version, decision.rank) if adapter and decision else None
+    if decision is not None and decision.is_elastic:
+        served = secrets.token_hex(8)
     parts = (VERSION, services.settings.revision, asdict(services.engine.model), served)
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,167 @@
+"""One price for all that is in flight: when it rises, when it falls, and whose rank follows it."""
+
+from dataclasses import dataclass, field
+
+from adapters.quality import Metric, QualityProfile
+from service.core import Mode, StepReport
+from service.rank.auto_rank import FALL_S, AutoRank, Price
+from service.rank.ladder import LEVELS, constant, ladder
+from service.rank.load import InFlight
+from service.rank.prospect import Ask, EngineSizes
+from service.rank.rank_policy import RankFacts
+from tests.made_up_steps import known_model, true_seconds
+
+SIZES = EngineSizes(max_running=64, max_batch_tokens=512, prefill_chunk_tokens=16)
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+QUALITY = {rank: 1 - 0.3 * rank**-0.5 for rank in RANKS}
+STEPS = ladder(RANKS, QUALITY)
+NEW_TOKENS = 60
+
+
+@dataclass
+class Machine:
+    """Requests of 60 tokens that generate side by side, each of an adapter of its own, on a machine whose steps are known."""
+
+    now: float = 0.0
+    told: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.auto_rank = AutoRank(known_model(), SIZES, clock=lambda: self.now)
+        self.live: list[InFlight] = []
+
+    def add(self, count: int, due_s: float | None, *, is_elastic: bool = True, rank: int | None = None) -> None:
+        for _ in range(count):
+            number = len(self.live)
+            steps = STEPS if rank is None else constant(rank)
+            told = self.told.setdefault(number, [])
+            due_at = None if due_s is None else self.now + due_s
+            change = told.append if is_elastic else None
+            request = InFlight(f"v{number}", steps, steps[0], 40, NEW_TOKENS, due_at=due_at, change=change)
+            self.auto_rank.book.add(request, self.now)
+            self.auto_rank.book.token(request)
+            self.live.append(request)
+
+    def step(self, mode: Mode = Mode.MIXED) -> None:
+        rows, ranks = len(self.live), sum(each.rank for each in self.live)
+        report = StepReport(mode, 0, rows, 1.0, ranks, ranks, rows, 60 * rows)
+        seconds = true_seconds(report)
+        self.now += seconds
+        for each in self.live:
+            self.auto_rank.book.token(each)
+        self.auto_rank.on_step(StepReport(mode, 0, rows, seconds, ranks, ranks, rows, 60 * rows))
+
+    def run(self) -> None:
+        """To the end of all."""
+        for _ in range(NEW_TOKENS - 1):
+            self.step()
+        assert all(each.generated == NEW_TOKENS for each in self.live)
+
+
+def test_with_time_enough_all_keep_the_full_rank() -> None:
+    machine = Machine()
+    machine.add(30, due_s=60.0)
+    machine.run()
+    assert machine.auto_rank.price.now == 0
+    assert not any(machine.told.values())
+
+
+def test_when_time_gets_short_the_ranks_fall_and_all_are_on_time() -> None:
+    def seconds(rank: int) -> float:
+        machine = Machine()
+        machine.add(30, None, rank=rank)
+        machine.run()
+        return machine.now
+
+    least, full = seconds(1), seconds(64)
+    machine = Machine()
+    machine.add(30, due_s=(1.3 * least + full) / 2.3)
+    machine.run()
+    assert machine.now <= (1.3 * least + full) / 2.3
+    assert all(told and 1 < min(told) < 64 for told in machine.told.values())
+    assert len({each.rank for each in machine.live}) == 1, "those of one curve have one rank"
+
+
+def test_who_named_a_rank_keeps_it_and_has_the_others_make_room() -> None:
+    machine = Machine()
+    machine.add(2, due_s=2.3, rank=64, is_elastic=False)
+    machine.add(28, None)
+    machine.step()
+    assert [each.rank for each in machine.live[:2]] == [64, 64]
+    assert {each.rank for each in machine.live[2:]} == {min(each.rank for each in machine.live)} != {64}
+
+
+def test_what_cannot_be_saved_costs_the_others_nothing() -> None:
+    machine = Machine()
+    machine.add(29, due_s=60.0)
+    machine.add(1, due_s=0.1)
+    machine.step()
+    assert machine.auto_rank.price.now == 0
+
+
+def test_the_price_is_not_raised_where_that_saves_nothing() -> None:
+    """One adapter alone: its columns are nothing on this machine."""
+    machine = Machine()
+    machine.add(1, due_s=0.1)
+    machine.step()
+    assert machine.auto_rank.price.now == 0
+
+
+def test_when_the_load_goes_the_ranks_rise_again() -> None:
+    machine = Machine()
+    machine.add(40, due_s=2.7)
+    machine.step()
+    fallen = machine.live[0].rank
+    assert fallen < 64
+    for each in machine.live[1:]:
+        machine.auto_rank.book.remove(each)
+    del machine.live[1:]
+    machine.live[0].due_at = machine.now + 60
+    ranks = []
+    for _ in range(3 * LEVELS):
+        machine.live[0].generated = 1  # it never ends
+        machine.step()
+        ranks.append(machine.live[0].rank)
+    assert ranks == sorted(ranks)
+    assert ranks[-1] == 64 > ranks[0] >= fallen, "slowly"
+
+
+def test_merged_weights_leave_every_rank_as_it_is() -> None:
+    machine = Machine()
+    machine.add(1, due_s=60.0)
+    machine.auto_rank.price.now = 30
+    machine.live[0].rank = 64
+    machine.step(Mode.MERGED)
+    assert not any(machine.told.values())
+
+
+def test_the_price_rises_at_once_and_falls_slowly_and_longer_for_who_keeps_a_rank() -> None:
+    price = Price()
+    price.move(20, at=1.0)
+    assert (price.now, price.held) == (20, 20.0)
+    price.move(0, at=1.0 + FALL_S / 2)
+    assert price.now == 20
+    price.move(0, at=1.0 + 1.1 * FALL_S)
+    assert price.now == 19
+    price.move(0, at=1.0 + 5.6 * FALL_S)
+    assert price.now == 15
+    price.move(0, at=3.0)
+    assert price.now == 0
+    assert 18.0 < price.held < 19.0
+    price.move(5, at=100.0)
+    assert (price.now, price.held) == (5, 5.0)
+
+
+def test_the_ladder_of_an_adapter_is_within_the_policys_bounds() -> None:
+    facts = RankFacts(RANKS, QualityProfile((Metric("m", True, QUALITY),), "made up"))
+    assert facts.ladder(1, 64) == STEPS
+    assert set(facts.ladder(4, 16)) == {4, 8, 16}
+    assert facts.ladder(4, 16) is facts.ladder(4, 16)
+
+
+def test_what_was_paid_in_a_burst_is_not_asked_of_one_who_comes_to_an_idle_server_later() -> None:
+    machine = Machine()
+    machine.auto_rank.price.move(30, at=0.0)
+    machine.now = 60.0
+    prediction = machine.auto_rank.predict("own", Ask(40, 60), 60.0)
+    assert prediction is not None
+    assert (prediction.price, prediction.held_price) == (0, 0)
