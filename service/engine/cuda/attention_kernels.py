@@ -1,6 +1,6 @@
 """Attention over paged keys and values on a GPU: decode rows and prefill chunks by one kernel, reading only the blocks in use.
 
-Queries stand in tiles: consecutive rows of one sequence with all query heads that share a key/value head, so that a key is
+Queries stand in tiles: consecutive rows of one sequence with the query heads that share a key/value head, so that a key is
 read once for all of them. A tile walks over the keys that its rows can see, from the window's begin to its last row, a tile of
 keys at a time, with a running maximum and sum (Milakov and Gimelshein, 2018; FlashAttention). Of a decode row, which has a
 tile to itself, the keys are split over programs (Flash-Decoding), as many as its own context is worth, and `_combine` joins
@@ -19,7 +19,8 @@ PREFILL_ROWS = 16
 TILE_INTS = 4
 """Numbers that describe a tile: first row, rows, position of the first row, where its sequence's blocks begin."""
 _LEAST_QUERIES = 16  # that tensor cores multiply
-_TILE_KEYS = 64
+_FEW_QUERIES = 32
+_MOST_QUERIES = 128
 _LEAST_KEY_TILES = 4
 """Of a part of a decode row's keys: shorter parts would take longer to join than to compute."""
 
@@ -70,26 +71,49 @@ def attend(
     """
     heads, _, dim = query.shape
     _, block_tokens, kv_heads, value_dim = values.shape
-    group = heads // kv_heads
-    shape = {"GROUP": group, "VALUE_DIM": value_dim, "WINDOW": window or 0, "TILE_KEYS": _TILE_KEYS}
-    split = {"PARTS": parts, "LEAST_TILES": _LEAST_KEY_TILES, "PAD_VALUE": max(16, triton.next_power_of_2(value_dim))}
+    sizes = tile_sizes(tile_rows, heads // kv_heads, dim, value_dim, keys.itemsize)
+    seen = {"WINDOW": window or 0, "TILE_KEYS": sizes["TILE_KEYS"], "PARTS": parts, "LEAST_TILES": _LEAST_KEY_TILES}
     rows = len(tiles) if parts > 1 else 0
     sums = query.new_empty(parts, rows, heads, value_dim, dtype=float32)
     weights = query.new_empty(parts, rows, heads, 2, dtype=float32)  # maximum and sum
-    _attend[(len(tiles), kv_heads, parts)](
+    _attend[(len(tiles), heads // sizes["GROUP"], parts)](
         *(query, keys, values, tiles, blocks, out, sums, weights, scale, softcap or 0.0, rows),
         *(query.stride(0), query.stride(1)),
-        **shape,
-        **split,
+        **{**seen, **sizes},
+        HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
+        VALUE_DIM=value_dim,
         BLOCK_TOKENS=block_tokens,
         HAS_SOFTCAP=softcap is not None,
-        QUERIES=max(_LEAST_QUERIES, triton.next_power_of_2(tile_rows * group)),
-        PAD_DIM=max(16, triton.next_power_of_2(dim)),
+        num_warps=warps_for(sizes["QUERIES"]),
     )
     if parts > 1:
-        _combine[(len(tiles), heads)](tiles, out, sums, weights, heads, rows, **shape, **split)
+        _combine[(len(tiles), heads)](
+            *(tiles, out, sums, weights, heads, rows), **seen, VALUE_DIM=value_dim, PAD_VALUE=sizes["PAD_VALUE"]
+        )
+
+
+def tile_sizes(rows: int, group: int, dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+    """Sizes of `_attend`'s tiles for rows of so many query heads to a key/value head, and heads of these dimensions.
+
+    GROUP is the part of those heads that share a tile. QUERIES, TILE_KEYS and what dimensions are padded to are powers of two.
+    They are as large as registers allow: `python -m tests.compile_cuda_kernels` tells what is spilled.
+    """
+    shared = max(size for size in range(1, group + 1) if group % size == 0 and (rows * size <= _MOST_QUERIES or size == 1))
+    queries = max(_LEAST_QUERIES, triton.next_power_of_2(rows * shared))
+    return {
+        "GROUP": shared,
+        "QUERIES": queries,
+        "TILE_KEYS": (128 if queries <= _FEW_QUERIES else 64) // itemsize,
+        "PAD_DIM": max(16, triton.next_power_of_2(dim)),
+        "PAD_VALUE": max(16, triton.next_power_of_2(value_dim)),
+    }
+
+
+def warps_for(queries: int) -> int:
+    """Groups of 32 threads that share a tile of `_attend`."""
+    return 4 if queries == _LEAST_QUERIES else 8
 
 
 @triton.jit
@@ -149,6 +173,7 @@ def _attend(
     n_tiles,
     query_head_stride,
     query_row_stride,
+    HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -163,7 +188,9 @@ def _attend(
     PARTS: tl.constexpr,
     LEAST_TILES: tl.constexpr,
 ):
-    tile, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, part = tl.program_id(0), tl.program_id(2)
+    first_head = tl.program_id(1) * GROUP
+    kv_head = first_head // (HEADS // KV_HEADS)
     first_row = tl.load(tiles + tile * 4)
     rows = tl.load(tiles + tile * 4 + 1)
     first_position = tl.load(tiles + tile * 4 + 2)
@@ -173,7 +200,7 @@ def _attend(
     if part == 0 or part * per_part < key_tiles:
         at = tl.arange(0, QUERIES)
         row = at // GROUP
-        head = kv_head * GROUP + at % GROUP
+        head = first_head + at % GROUP
         is_query = row < rows
         position = first_position + row
         dims = tl.arange(0, PAD_DIM)
@@ -207,13 +234,13 @@ def _attend(
             highest = new_highest
         is_value = is_query[:, None] & (value_dims < VALUE_DIM)[None, :]
         if PARTS > 1:
-            row_head = (part * n_tiles + tile) * (KV_HEADS * GROUP) + head
+            row_head = (part * n_tiles + tile) * HEADS + head
             tl.store(sums + row_head[:, None] * VALUE_DIM + value_dims[None, :], weighted, mask=is_value)
             tl.store(weights + row_head * 2, highest, mask=is_query)
             tl.store(weights + row_head * 2 + 1, total, mask=is_query)
         else:
             answer = weighted / tl.where(total == 0.0, 1.0, total)[:, None]
-            out_at = out + ((first_row + row) * (KV_HEADS * GROUP) + head)[:, None] * VALUE_DIM + value_dims[None, :]
+            out_at = out + ((first_row + row) * HEADS + head)[:, None] * VALUE_DIM + value_dims[None, :]
             tl.store(out_at, answer.to(out.dtype.element_ty), mask=is_value)
 
 
@@ -225,7 +252,6 @@ def _combine(
     weights,  # [parts, tiles, heads, 2]
     heads,
     n_tiles,
-    GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE_KEYS: tl.constexpr,

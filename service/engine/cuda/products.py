@@ -1,5 +1,9 @@
 """The product that the kernels are made of."""
 
+import os
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does; one of its versions warns unless it is told
+
 import triton
 import triton.language as tl
 from triton import knobs

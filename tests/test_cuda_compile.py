@@ -1,0 +1,25 @@
+"""The GPU's kernels by Triton's compiler and NVIDIA's assembler, which need no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the GPU's kernels need triton (pip install '.[gpu]')")
+
+SHARED_BYTES = 99 * 1024
+"""What a block of threads can have on every GPU since 2020; A100 and H100 have more."""
+SPILLED_BYTES = 128
+
+
+def test_the_kernels_compile_and_fit_the_device(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.compile_cuda_kernels", "bfloat16"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {each["capability"] for each in told} == {80, 90}
+    assert not [each for each in told if each["shared_bytes"] > SHARED_BYTES or each["spilled_bytes"] > SPILLED_BYTES]
