@@ -15,6 +15,17 @@ SHARED_BYTES = 99 * 1024
 SPILLED_BYTES = 128
 
 
+def test_an_engine_does_without_kernels_that_can_not_run() -> None:
+    program = (
+        "import torch; from service.engine.backend import Backend; from service.engine.backend_choice import triton_backend;"
+        "assert type(triton_backend(torch.device('cpu'))) is Backend"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}  # compiled kernels take no tensors of the CPU
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Triton's kernels can't run" in done.stderr
+
+
 def test_the_kernels_compile_and_fit_the_device(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.compile_cuda_kernels", "bfloat16"]

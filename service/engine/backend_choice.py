@@ -1,6 +1,5 @@
 """Which backend runs a model."""
 
-import importlib.util
 import logging
 
 import torch
@@ -19,11 +18,21 @@ def backend_for(loaded: LoadedModel, setting: Compile) -> Backend:
     if setting is Compile.OFF:
         return Backend()
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is not None:
-            from service.engine.cuda.backend import TritonBackend  # where there is no GPU there need be no triton
-
-            return TritonBackend(device)
-        log.warning("triton is not installed: attention and adapters run by torch alone, slower")
+        return triton_backend(device)
     if device.type == "cpu" and dtype is torch.float32 and (found := kernels()) is not None:
         return NativeBackend(found)
     return Backend()
+
+
+def triton_backend(device: torch.device) -> Backend:
+    """Triton's kernels if they run here, else torch's own operations, with the reason in the log."""
+    try:
+        from service.engine.cuda.backend import TritonBackend  # where there is no GPU there need be no triton
+
+        backend = TritonBackend(device)
+        backend.try_out()
+    except Exception as error:  # whatever an installation lacks: slower is better than not at all
+        reason = " ".join(str(error).split()) or type(error).__name__
+        log.warning("attention and adapters run by torch alone, slower: Triton's kernels can't run: %s", reason[:300])
+        return Backend()
+    return backend

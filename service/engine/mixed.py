@@ -87,10 +87,10 @@ class _Rows:
         """What the product needs of them."""
         return None if self._product is None else self._product.lay_out(self._owners, first_columns(self._places))
 
-    def mask(self, like: Tensor) -> Tensor:
-        """[rows, columns] in the dtype and on the device of `like`."""
+    def mask(self, device: torch.device) -> Tensor:
+        """[rows, columns], in float32: a scale that is rounded to the model's format changes the adapter."""
         if self._mask is None:
-            self._mask = self._make_mask(like)
+            self._mask = self._make_mask(device)
         return self._mask
 
     def of(self, version: str) -> Tensor:
@@ -122,16 +122,16 @@ class _Rows:
 
     _mask: Tensor | None = None
 
-    def _make_mask(self, like: Tensor) -> Tensor:
+    def _make_mask(self, device: torch.device) -> Tensor:
         nothing = (0.0, 0.0, 0.0)
         per_row = torch.tensor(
             [nothing if each is None else (self._active.offsets[each.version], each.rank, each.scale) for each in self._owners],
-            device=like.device,
+            device=device,
             dtype=torch.float32,
         )  # [rows, 3]
         start, rank, scale = per_row.T[:, :, None]
-        column = torch.arange(self._active.count, device=like.device)
-        return torch.where((column >= start) & (column < start + rank), scale, 0.0).to(like.dtype)
+        column = torch.arange(self._active.count, device=device)
+        return torch.where((column >= start) & (column < start + rank), scale, 0.0)
 
     def _choice(self, row: int) -> AdapterChoice:
         owner = self._owners[row]
@@ -212,5 +212,5 @@ class MixedStep:
             return out
         a, b = self._active.factors(module)
         low = a[flat_x] * module.site.embed_scale if is_embedding else flat_x @ a  # [rows, columns]
-        flat_out.addmm_(low * rows.mask(low), b)
+        flat_out.addmm_((low * rows.mask(low.device)).to(low.dtype), b)
         return out

@@ -8,6 +8,8 @@ their parts: bounded by the bandwidth for a row's own keys and values, whatever 
 depends on the row's own position alone, so its numbers do not depend on its neighbours.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor, float32
@@ -94,6 +96,7 @@ def attend(
         )
 
 
+@functools.cache
 def tile_sizes(rows: int, group: int, dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
     """Sizes of `_attend`'s tiles for rows of so many query heads to a key/value head, and heads of these dimensions.
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from service.core import AdapterChoice
 from service.engine.backend import Backend
 from service.engine.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder
 from service.engine.cuda.lora_product import TritonProduct
@@ -19,8 +20,15 @@ class TritonBackend(Backend):
     def __init__(self, device: torch.device, recorder: Recorder | None = None, *, parts: int = MOST_PARTS) -> None:
         """`recorder`: None for CUDA's own graphs. `parts`: programs that share the keys of a decode row."""
         self.product: TritonProduct = TritonProduct(device)
+        self._device = device
         self._recorder = recorder
         self._parts = parts
+
+    def try_out(self) -> None:
+        """Launch a kernel. Raises whatever stands in the way: no C compiler for what Triton builds, an older driver."""
+        row = torch.zeros(1, 16, device=self._device)
+        owner = AdapterChoice("", 1, 1.0)
+        self.product.add(row, row.clone(), row, row, self.product.lay_out([owner], {"": 0}))
 
     def cache(
         self,
