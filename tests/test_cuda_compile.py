@@ -26,6 +26,7 @@ def test_an_engine_does_without_kernels_that_can_not_run() -> None:
     assert "Triton's kernels can't run" in done.stderr
 
 
+@pytest.mark.timeout(600)  # thirty kernels
 def test_the_kernels_compile_and_fit_the_device(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.compile_cuda_kernels", "bfloat16"]

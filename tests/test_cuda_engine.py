@@ -22,6 +22,7 @@ from service.engine.engine import EngineOptions
 from tests.engine_harness import Reports, generate, generate_merged, mixed_requests, random_dylora, running_engine
 from tests.tiny_models import random_peft_adapter, tiny_model
 
+pytestmark = pytest.mark.timeout(600)  # the interpreter takes a thousand times as long as a GPU
 CPU = torch.device("cpu")
 TORCH = EngineOptions(compile=Compile.OFF, kv_block_tokens=4)
 
