@@ -85,7 +85,7 @@ paper: $(READY) ## Compare DyLoRA with LoRA on real data, a day on two cores: ma
 	$(BIN)/python -m adapters.paper.report --results "$(OUT)/results" --to "$(OUT)"
 
 bench: $(READY) ## Measure the engine beside PEFT (and llama.cpp, vLLM by option), one JSON line per point
-	@$(BIN)/python -m loadtests.engine_bench $(ARGS)
+	@$(BIN)/python -m loadtests.bench $(ARGS)
 
 bench-http: $(READY) ## Measure start-up, memory and tokens per second over HTTP, one JSON line per point
 	@$(BIN)/python -m loadtests.throughput $(ARGS)

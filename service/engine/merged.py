@@ -122,8 +122,10 @@ def _fitting(buffer: Tensor | None, sites: Mapping[str, Site]) -> Tensor:
     nbytes = sum(_aligned(site.weight.nbytes) for site in sites.values())
     if buffer is not None and buffer.numel() == nbytes:
         return buffer
-    device = next((site.weight.device for site in sites.values()), None)
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    first = next(iter(sites.values()), None)
+    fresh = torch.empty(nbytes, dtype=torch.uint8, device=None if first is None else first.weight.device)
+    kernels = next((site.kernels for site in sites.values() if site.kernels is not None), None)
+    return fresh if kernels is None else kernels.in_large_pages(fresh)
 
 
 def _places(buffer: Tensor, sites: Mapping[str, Site]) -> dict[str, Tensor]:

@@ -200,9 +200,12 @@ class Kernels:
 
     def empty(self, *shape: int) -> Tensor:
         """Memory for many weights, in large pages where the system has them; float32."""
-        held = torch.empty(*shape)
-        self._library.dylora_use_huge_pages(held.data_ptr(), held.nbytes)
-        return held
+        return self.in_large_pages(torch.empty(*shape))
+
+    def in_large_pages(self, fresh: Tensor) -> Tensor:
+        """The same memory, which nothing has been written to yet, in large pages where the system has them."""
+        self._library.dylora_use_huge_pages(fresh.data_ptr(), fresh.nbytes)
+        return fresh
 
     def products(self, terms: Sequence[Term]) -> Products:
         """Lay out products of one input."""

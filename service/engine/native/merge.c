@@ -2,7 +2,26 @@
 
 #include "tiles.h"
 
-/* merged = w + scale * B[:, :rank] A[:rank], for the panels from `first` to `end`; a [rank, in], b [out, b_stride]. */
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+/* A store past the caches: merged weights are more than they hold, and a line that is to be overwritten whole need not be
+   read first. `at` is aligned to the vector. */
+static inline void stream(float *at, vec value) {
+#if LANES == 16
+    _mm512_stream_ps(at, (__m512)value);
+#elif defined __AVX__
+    _mm256_stream_ps(at, (__m256)value);
+#else
+    store(at, value);
+#endif
+}
+
+TILES(streamed, stream)
+
+/* merged = w + scale * B[:, :rank] A[:rank], for the panels from `first` to `end`; a [rank, in], b [out, b_stride].
+   `merged` is aligned to 64 bytes. */
 void dylora_merge(const float *w, const float *a, const float *b, long b_stride, float scale, long rank, long in, long first,
                   long end, float *merged) {
     float turned[PANELS * PANEL * rank]; /* of each panel [rank, PANEL] */
@@ -20,8 +39,11 @@ void dylora_merge(const float *w, const float *a, const float *b, long b_stride,
                 from[i] = w + (panel * in + k + i) * PANEL;
                 to[i] = merged + (panel * in + k + i) * PANEL;
             }
-            tiles[rows](a + k, in, turned, PANELS == 1 ? LANES : is_single ? 0 : rank * PANEL, rank, from, to, 0,
+            streamed[rows](a + k, in, turned, PANELS == 1 ? LANES : is_single ? 0 : rank * PANEL, rank, from, to, 0,
                         PANELS == 1 ? LANES : is_single ? 0 : in * PANEL, 0);
         }
     }
+#ifdef __AVX__
+    _mm_sfence(); /* before another thread is told of them */
+#endif
 }

@@ -13,6 +13,8 @@
 
 #include "tiles.h"
 
+TILES(tiles, store)
+
 #define DEPTH (256 / PANELS) /* inputs of a tile taken together: their weights are 16 KiB, a third of a level 1 cache */
 #define BLOCK_ROWS 4
 #define SOON 32 /* inputs: how far ahead of its use a weight is asked of memory, 2 KiB */

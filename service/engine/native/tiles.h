@@ -23,9 +23,9 @@
 typedef void tile(const float *x, long x_stride, const float *w, long other, long depth, const float *const *from,
                   float *const *to, long column, long step, const float *ahead);
 
-#define TILE(ROWS)                                                                                                       \
-    static void tile_##ROWS(const float *x, long x_stride, const float *w, long other, long depth,                       \
-                            const float *const *from, float *const *to, long column, long step, const float *ahead) {    \
+#define TILE(NAME, ROWS, STORE)                                                                                          \
+    static void NAME##ROWS(const float *x, long x_stride, const float *w, long other, long depth, const float *const *from,\
+                           float *const *to, long column, long step, const float *ahead) {                               \
         vec sum[ROWS][2];                                                                                                \
         UNROLLED for (int i = 0; i < ROWS; i++) {                                                                        \
             sum[i][0] = from ? load(from[i] + column) : all(0);                                                          \
@@ -44,18 +44,24 @@ typedef void tile(const float *x, long x_stride, const float *w, long other, lon
             }                                                                                                            \
         }                                                                                                                \
         UNROLLED for (int i = 0; i < ROWS; i++) {                                                                        \
-            store(to[i] + column, sum[i][0]);                                                                            \
-            store(to[i] + column + step, sum[i][1]);                                                                     \
+            STORE(to[i] + column, sum[i][0]);                                                                            \
+            STORE(to[i] + column + step, sum[i][1]);                                                                     \
         }                                                                                                                \
     }
-TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+
+/* Tiles of every number of rows, as an array by that number. */
 #if LANES == 16
-TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#define TILES(NAME, STORE)                                                                                               \
+    TILE(NAME, 1, STORE) TILE(NAME, 2, STORE) TILE(NAME, 3, STORE) TILE(NAME, 4, STORE) TILE(NAME, 5, STORE)             \
+    TILE(NAME, 6, STORE) TILE(NAME, 7, STORE) TILE(NAME, 8, STORE) TILE(NAME, 9, STORE) TILE(NAME, 10, STORE)            \
+    TILE(NAME, 11, STORE) TILE(NAME, 12, STORE)                                                                          \
+    static tile *const NAME[] = {0,       NAME##1, NAME##2, NAME##3, NAME##4,  NAME##5, NAME##6,                         \
+                                 NAME##7, NAME##8, NAME##9, NAME##10, NAME##11, NAME##12};
+#else
+#define TILES(NAME, STORE)                                                                                               \
+    TILE(NAME, 1, STORE) TILE(NAME, 2, STORE) TILE(NAME, 3, STORE) TILE(NAME, 4, STORE) TILE(NAME, 5, STORE)             \
+    TILE(NAME, 6, STORE)                                                                                                 \
+    static tile *const NAME[] = {0, NAME##1, NAME##2, NAME##3, NAME##4, NAME##5, NAME##6};
 #endif
-static tile *const tiles[] = {0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6,
-#if LANES == 16
-                              tile_7, tile_8, tile_9, tile_10, tile_11, tile_12
-#endif
-};
 
 #endif

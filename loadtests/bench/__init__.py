@@ -1,0 +1,1 @@
+"""The engine alone, beside other engines on the same work: `make bench`."""
