@@ -3,13 +3,15 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adapters.adapter import Adapter
+from adapters.config import AdapterConfig, AdapterKind
+from loadtests import workload
 from loadtests.bench.engine import OurEngine, load_base
 from loadtests.bench.figures import Figures
 from service.core import AdapterChoice, Mode
@@ -81,13 +83,14 @@ def bandwidth_of_merging(folder: Path, adapter: Adapter, figures: Figures) -> No
     figures.judge("bandwidth of a merge into memory held / copy bandwidth", reused)
 
 
-def memory_of_ranks(folder: Path, adapters: Mapping[str, Adapter], figures: Figures) -> None:
+def memory_of_ranks(folder: Path, adapter: Adapter, figures: Figures) -> None:
     """One copy of an adapter serves every rank: memory beside the number of ranks in use at one time."""
-    ours = OurEngine(load_base(folder), adapters)
-    ranks = range(1, adapters["adapter3"].config.r_max + 1)
+    nested = Adapter(AdapterConfig(AdapterKind.DYLORA, adapter.config.r_max, workload.ALPHA), adapter.modules)
+    ours = OurEngine(load_base(folder), {"nested": nested})
+    ranks = nested.config.ranks
     found: dict[int, int] = {}
     for count in (1, len(ranks) // 2, len(ranks)):
-        clients = [ours.submit([5, 6, 7], 4, ours.choice("adapter3", rank)) for rank in ranks[:count]]
+        clients = [ours.submit([5, 6, 7], 4, ours.choice("nested", rank)) for rank in ranks[:count]]
         for client in clients:
             client.wait()
         found[count] = ours.adapter_bytes
