@@ -59,9 +59,11 @@ class LoraBank:
         """
         self._product = product
         self._generation = 0
+        self._last_step: tuple[object, MixedStep] | None = None
         self._model = model
         self._originals = dict(model.named_modules())  # as they were before any was adapted
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        # Their shapes alone: the weights themselves are freed when they are packed.
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._token_embedding = token_embedding
         self._adapted: dict[str, AdaptedModule] = {}
         self._packed: dict[str, Site] = {}
@@ -136,10 +138,16 @@ class LoraBank:
         if version in self._residents:
             self._evict(self._residents[version])
 
-    def step(self, choices: Sequence[AdapterChoice | None], lengths: Sequence[int], kept: Tensor) -> "MixedStep":
+    def step(self, choices: Sequence[AdapterChoice | None], lengths: Sequence[int], kept: Tensor) -> MixedStep:
         """Lay out a mixed step: run i of `lengths[i]` packed rows uses `choices[i]`; `kept` are the rows whose logits are
-        computed, ascending.
+        computed, ascending. While the same sequences generate, their steps are alike, and one layout serves them.
         """
+        key = (self._generation, tuple(choices), tuple(lengths), tuple(kept.tolist()))
+        if self._last_step is None or self._last_step[0] != key:
+            self._last_step = key, self._lay_out(choices, lengths, kept)
+        return self._last_step[1]
+
+    def _lay_out(self, choices: Sequence[AdapterChoice | None], lengths: Sequence[int], kept: Tensor) -> MixedStep:
         ranks: dict[str, int] = {}
         for choice in choices:
             if choice is not None:
@@ -171,13 +179,13 @@ class LoraBank:
                 yield f"{path}: its lora_bias has shape {list(bias.shape)}, the base {[self.site(path).out_features]}"
         replaced = {f"{path}.bias": bias for path, bias in adapter.base_bias.items()} | dict(adapter.saved_modules)
         for name, value in replaced.items():
-            parameter = self._parameters.get(name)
-            if parameter is None:
+            shape = self._shapes.get(name)
+            if shape is None:
                 yield f"{name}: the base model has no such parameter"
-            elif parameter.shape != value.shape:
-                is_resized = value.ndim == 2 and value.shape[1:] == parameter.shape[1:]
+            elif shape != value.shape:
+                is_resized = value.ndim == 2 and value.shape[1:] == shape[1:]
                 hint = " (is its vocabulary resized? then the base must be, too)" if is_resized else ""
-                yield f"{name}: has shape {list(value.shape)}, the base {list(parameter.shape)}{hint}"
+                yield f"{name}: has shape {list(value.shape)}, the base {list(shape)}{hint}"
 
     def _pack(self, kernels: Kernels) -> None:
         sites = [site for site in map(self.site, self._originals) if site.can_pack]
@@ -229,7 +237,7 @@ class LoraBank:
 
     def _evict(self, resident: _Resident) -> None:
         del self._residents[resident.version]
-        self._active = None
+        self._active = self._last_step = None
         for path in touched_modules(resident.adapter):
             self._adapted[path].bias_rows.pop(resident.version, None)
             self._adapted[path].replaced.pop(resident.version, None)

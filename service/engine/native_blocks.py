@@ -33,17 +33,33 @@ def use_native_blocks(loaded: LoadedModel, blocks: Iterable[Any], kernels: Kerne
     blocks = list(blocks)
     if not blocks or not all(_is_known(block) for block in blocks):
         return False
+    rotary = _Rotary()
     for block in blocks:
-        block.forward = NativeBlock(block, loaded.layers[block.self_attn], kernels)
+        block.forward = NativeBlock(block, loaded.layers[block.self_attn], kernels, rotary)
     return True
+
+
+class _Rotary:
+    """Cosines and sines of a step, which every block is given, as the kernels read them."""
+
+    def __init__(self) -> None:
+        self._given: tuple[Tensor, Tensor] | None = None
+        self._read: tuple[Tensor, Tensor]
+
+    def of(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[rows, dim] each, from [1, rows, dim]."""
+        if self._given is not given:
+            self._given, self._read = given, (given[0][0].contiguous(), given[1][0].contiguous())
+        return self._read
 
 
 class NativeBlock:
     """Stands for the `forward` of a block."""
 
-    def __init__(self, block: Any, shape: LayerShape, kernels: Kernels) -> None:
+    def __init__(self, block: Any, shape: LayerShape, kernels: Kernels, rotary: _Rotary) -> None:
         attention, mlp = block.self_attn, block.mlp
         self._kernels = kernels
+        self._rotary = rotary
         self._own_forward = block.forward
         self._attention = attention
         self._window = shape.window
@@ -72,9 +88,8 @@ class NativeBlock:
         if block is None or not isinstance(attention, PagedAttention) or not attention.is_native:
             out: Tensor = self._own_forward(hidden_states, position_embeddings=position_embeddings, **others)
             return out
-        cos, sin = (each[0].contiguous() for each in position_embeddings)
-        rows = step.rows(len(x)) if isinstance(step, MixedStep) else None
-        query = block.before_attention(x, cos, sin, rows, *attention.places(self._attention))
+        rows = step.rows(x.shape[0]) if isinstance(step, MixedStep) else None
+        query = block.before_attention(x, *self._rotary.of(position_embeddings), rows, *attention.places(self._attention))
         queries = Queries(query.transpose(0, 1), self._attention.scaling, self._window)
         return block.after_attention(x, attention.attend_written(self._attention, queries), rows)[None]
 

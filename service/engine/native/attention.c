@@ -17,32 +17,52 @@ void dylora_write_cache(const float *key, long key_row, long key_head, const flo
 
 #define QUERIES 4 /* query heads that are attended together */
 
+/* The sums of several vectors, in the order of `sum_of`, with half of its shuffles. */
+static inline vec4 sums_of(vec a, vec b, vec c, vec d) {
+    typedef int ivec4 __attribute__((vector_size(16)));
+    union { vec whole; vec4 half[2]; } w[4] = {{a}, {b}, {c}, {d}};
+    vec4 h[4];
+    UNROLLED for (int i = 0; i < 4; i++) h[i] = w[i].half[0] + w[i].half[1];
+    vec4 ab = __builtin_shuffle(h[0], h[1], (ivec4){0, 4, 1, 5}) + __builtin_shuffle(h[0], h[1], (ivec4){2, 6, 3, 7});
+    vec4 cd = __builtin_shuffle(h[2], h[3], (ivec4){0, 4, 1, 5}) + __builtin_shuffle(h[2], h[3], (ivec4){2, 6, 3, 7});
+    return __builtin_shuffle(ab, cd, (ivec4){0, 1, 4, 5}) + __builtin_shuffle(ab, cd, (ivec4){2, 3, 6, 7});
+}
+
+/* Of each query head the products with a key, to places `stride` apart. */
 #define SCORES(COUNT)                                                                                                    \
     static void scores_##COUNT(const float *q, long q_head, const float *k, long dim, float *out, long stride) {         \
-        vec sum[COUNT];                                                                                                  \
-        UNROLLED for (int g = 0; g < COUNT; g++) sum[g] = all(0);                                                        \
+        vec sum[4] = {};                                                                                                 \
         for (long d = 0; d < dim; d += LANES) {                                                                          \
             vec key = load(k + d);                                                                                       \
             UNROLLED for (int g = 0; g < COUNT; g++) sum[g] += load(q + g * q_head + d) * key;                           \
         }                                                                                                                \
-        UNROLLED for (int g = 0; g < COUNT; g++) out[g * stride] = sum_of(sum[g]);                                       \
+        vec4 all_sums = sums_of(sum[0], sum[1], sum[2], sum[3]);                                                         \
+        UNROLLED for (int g = 0; g < COUNT; g++) out[g * stride] = all_sums[g];                                          \
     }
 SCORES(1) SCORES(2) SCORES(3) SCORES(4)
 typedef void scores(const float *, long, const float *, long, float *, long);
 static scores *const scores_of[] = {0, scores_1, scores_2, scores_3, scores_4};
 
-/* out[g] = sum over positions of weight[g][position] * value[position], one vector of the value's dimensions at a time. */
+/* out[g] = sum over positions of weight[g][position] * value[position], two vectors of the value's dimensions at a time. */
 #define BLENDS(COUNT)                                                                                                    \
     static void blend_##COUNT(const float *weights, long stride, const float *const *value, long length, long dim,       \
                               float *out, long out_head) {                                                               \
-        for (long d = 0; d < dim; d += LANES) {                                                                          \
-            vec sum[COUNT];                                                                                              \
-            UNROLLED for (int g = 0; g < COUNT; g++) sum[g] = all(0);                                                    \
+        for (long d = 0; d < dim; d += 2 * LANES) {                                                                      \
+            long other = d + LANES < dim ? LANES : 0; /* of a last single vector, both compute the same */               \
+            vec sum[COUNT][2];                                                                                           \
+            UNROLLED for (int g = 0; g < COUNT; g++) sum[g][0] = sum[g][1] = all(0);                                     \
             for (long at = 0; at < length; at++) {                                                                       \
-                vec v = load(value[at] + d);                                                                             \
-                UNROLLED for (int g = 0; g < COUNT; g++) sum[g] += weights[g * stride + at] * v;                         \
+                vec v0 = load(value[at] + d), v1 = load(value[at] + d + other);                                          \
+                UNROLLED for (int g = 0; g < COUNT; g++) {                                                               \
+                    vec weight = all(weights[g * stride + at]);                                                          \
+                    sum[g][0] += weight * v0;                                                                            \
+                    sum[g][1] += weight * v1;                                                                            \
+                }                                                                                                        \
             }                                                                                                            \
-            UNROLLED for (int g = 0; g < COUNT; g++) store(out + g * out_head + d, sum[g]);                              \
+            UNROLLED for (int g = 0; g < COUNT; g++) {                                                                   \
+                store(out + g * out_head + d, sum[g][0]);                                                                \
+                store(out + g * out_head + d + other, sum[g][1]);                                                        \
+            }                                                                                                            \
         }                                                                                                                \
     }
 BLENDS(1) BLENDS(2) BLENDS(3) BLENDS(4)
@@ -84,9 +104,10 @@ void dylora_attend(const float *query, long query_row, long query_head, const fl
         for (long first = 0; first < group; first += QUERIES) {
             long count = at_most(QUERIES, group - first), q_head = head * group + first;
             const float *q = query + query_rows[row] * query_row + q_head * query_head;
-            for (long at = 0; at < length; at++) {
-                long position = begin + at;
-                long slot = tables[row * table_width + position / block_tokens] * block_tokens + position % block_tokens;
+            long block = begin / block_tokens, inside = begin % block_tokens; /* a division for each position would cost */
+            for (long at = 0; at < length; at++, inside++) {                  /* half as much as the position itself */
+                if (inside == block_tokens) block++, inside = 0;
+                long slot = tables[row * table_width + block] * block_tokens + inside;
                 value[at] = values + (slot * kv_heads + head) * value_dim;
                 scores_of[count](q, query_head, keys + (slot * kv_heads + head) * dim, dim, weights + at, stride);
             }

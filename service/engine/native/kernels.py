@@ -171,9 +171,9 @@ class Block:
 
         `cos` and `sin` are [rows, dim].
         """
-        query = x.new_empty(len(x), self._shape.heads, self._shape.dim)
+        query = x.new_empty(x.shape[0], self._shape.heads, self._shape.dim)
         self._before(
-            *(self._address, x.data_ptr(), len(x), cos.data_ptr(), sin.data_ptr(), self._shape.epsilon),
+            *(self._address, x.data_ptr(), x.shape[0], cos.data_ptr(), sin.data_ptr(), self._shape.epsilon),
             *(None if rows is None else rows.address, slots.data_ptr()),
             *(query.data_ptr(), keys.data_ptr(), values.data_ptr(), torch.get_num_threads()),
         )
@@ -183,7 +183,7 @@ class Block:
         """The block's output [rows, hidden], from its input and the attention's output [rows, heads, dim]."""
         out = torch.empty_like(x)
         self._after(
-            *(self._address, x.data_ptr(), attended.data_ptr(), len(x), self._shape.epsilon),
+            *(self._address, x.data_ptr(), attended.data_ptr(), x.shape[0], self._shape.epsilon),
             *(None if rows is None else rows.address, out.data_ptr(), torch.get_num_threads()),
         )
         return out
