@@ -28,8 +28,9 @@ class Compile(StrEnum):
     """Whether machine code is made for the processor at hand."""
 
     AUTO = "auto"
-    """Where there is a compiler: kernels always, the model's blocks if it is large."""
+    """Where there is a compiler: kernels, for blocks of Llama's kind as a whole; large models of others by torch.compile."""
     ON = "on"
+    """Kernels for products and attention, torch.compile for blocks of every kind."""
     OFF = "off"
 
 

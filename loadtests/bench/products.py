@@ -2,8 +2,7 @@
 
 `stack`: the columns in use side by side and a mask, one product pair of torch's; `group`: rows in groups by adapter, padded
 to the largest, one batched product pair; `gather`: each row's own columns copied out, one batched product pair; `kernel`: ours,
-on top of the base's product. Times are those beyond the base's product; stacking and grouping get their factors laid out for
-nothing.
+beyond the base's product that it follows, `base`. Stacking and grouping get their factors laid out for nothing.
 """
 
 import statistics
@@ -75,15 +74,16 @@ def _ways(counts: Sequence[int], ranks: Sequence[int], in_features: int, out_fea
     def gather(x: Tensor) -> Tensor:
         return torch.bmm(torch.bmm(x[:, None], group_a[owners]), group_b[owners])[:, 0]
 
-    native = kernels()
+    weight, native = torch.randn(out_features, in_features), kernels()
+    ways: dict[str, Product] = {"stack": stack, "group": group, "gather": gather}
+    ways["torch's base"] = lambda x: torch.nn.functional.linear(x, weight)
     if native is None:
-        weight = torch.randn(out_features, in_features)
-        return {"base": lambda x: x @ weight.T, "stack": stack, "group": group, "gather": gather}
+        return ways
     panels = [part.view(len(part), -1, PANEL).transpose(0, 1).reshape(-1) for part in torch.split(b, list(ranks))]
-    packed = pack(torch.randn(out_features, in_features))
+    packed = pack(weight)
     base, mixed = native.products([Term(packed)]), native.products([Term(packed, None, a, torch.cat(panels))])
     laid_out = _laid_out(counts, ranks, starts)
-    return {"base": base, "stack": stack, "group": group, "gather": gather, "kernel": lambda x: mixed(x, laid_out)}
+    return ways | {"base": base, "kernel": lambda x: mixed(x, laid_out)}
 
 
 def _laid_out(counts: Sequence[int], ranks: Sequence[int], starts: Sequence[int]) -> LoraRows:

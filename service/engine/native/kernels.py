@@ -1,8 +1,6 @@
 """The kernels as functions of tensors. All are float32 on the CPU, contiguous unless said otherwise.
 
-The base's product beside others, on 75M weights of a 100M Llama, milliseconds of one core's time, 1 / 4 / 8 / 16 / 32 / 128
-rows: these kernels 20 / 25 / 35 / 47 / 90 / 297; oneDNN with packed weights 24 / 40 / 50 / 67 / 101 / 292; MKL, which
-torch's `linear` calls, 23 / 59 / 67 / 92 / 124 / 313. MKL with packed weights was not faster than without.
+How long the products take beside torch's is measured by `make bench ARGS="--sweeps products"`.
 """
 
 import ctypes

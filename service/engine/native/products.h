@@ -1,6 +1,6 @@
 /* The products of a step on a CPU, in single precision: the base's, and each row's own adapter's on top of it.
 
-   Why not a library's: with 2 to 32 rows, MKL's and oneDNN's products took 1.1 to 2.4 times as long (see kernels.py), and
+   Why not a library's: with 2 to 32 rows, MKL's and oneDNN's products took 1.1 to 2.4 times as long on AVX2, and
    none has a product in which rows use different adapters and ranks.
 
    Every result is a sum in an order that depends on the shapes of weights alone: a row's numbers are the same to the last
