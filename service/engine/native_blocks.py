@@ -84,7 +84,7 @@ class NativeBlock:
     def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **others: Any) -> Tensor:
         """The block's output, [1, rows, hidden]."""
         step, attention = current_step(), current_attention()
-        block, x = self._block(step), hidden_states[0]
+        block, x = self._block(step), hidden_states[0].contiguous()
         if block is None or not isinstance(attention, PagedAttention) or not attention.is_native:
             out: Tensor = self._own_forward(hidden_states, position_embeddings=position_embeddings, **others)
             return out

@@ -104,8 +104,9 @@ void dylora_attend(const float *query, long query_row, long query_head, const fl
         for (long first = 0; first < group; first += QUERIES) {
             long count = at_most(QUERIES, group - first), q_head = head * group + first;
             const float *q = query + query_rows[row] * query_row + q_head * query_head;
-            long block = begin / block_tokens, inside = begin % block_tokens; /* a division for each position would cost */
-            for (long at = 0; at < length; at++, inside++) {                  /* half as much as the position itself */
+            /* Counted along: a division for each position would cost half as much as all else of it. */
+            long block = begin / block_tokens, inside = begin % block_tokens;
+            for (long at = 0; at < length; at++, inside++) {
                 if (inside == block_tokens) block++, inside = 0;
                 long slot = tables[row * table_width + block] * block_tokens + inside;
                 value[at] = values + (slot * kv_heads + head) * value_dim;
@@ -113,10 +114,12 @@ void dylora_attend(const float *query, long query_row, long query_head, const fl
             }
             for (long g = 0; g < count; g++) {
                 float *own = weights + g * stride;
-                for (long at = 0; at < length; at++) own[at] = softcap ? softcap * tanhf(own[at] * (scale / softcap)) : own[at] * scale;
+                for (long at = 0; at < length; at++)
+                    own[at] = softcap ? softcap * tanhf(own[at] * (scale / softcap)) : own[at] * scale;
                 softmax(own, length);
             }
-            blend_of[count](weights, stride, value, length, value_dim, out + (query_rows[row] * heads + q_head) * value_dim, value_dim);
+            float *to = out + (query_rows[row] * heads + q_head) * value_dim;
+            blend_of[count](weights, stride, value, length, value_dim, to, value_dim);
         }
     }
 }

@@ -68,7 +68,7 @@ void dylora_before_attention(const struct block *b, const float *x, long rows, c
         for (long row = 0; row < rows; row++)
             for (long head = 0; head < b->heads + b->kv_heads; head++) {
                 int is_key = head >= b->heads;
-                float *at = is_key ? key + (row * b->kv_heads + head - b->heads) * b->dim : query + (row * b->heads + head) * b->dim;
+                float *at = is_key ? key + row * width + (head - b->heads) * b->dim : query + (row * b->heads + head) * b->dim;
                 if (b->norms[2 + is_key]) normalise(at, b->norms[2 + is_key], b->dim, epsilon, at);
                 rotate(at, cos + row * b->dim, sin + row * b->dim, b->dim);
                 if (head == b->heads + b->kv_heads - 1) {
@@ -83,8 +83,8 @@ void dylora_before_attention(const struct block *b, const float *x, long rows, c
 void dylora_after_attention(const struct block *b, const float *x, const float *attended, long rows, float epsilon,
                             const struct lora *lora, float *y, int threads) {
     struct part output = *b->output, doors[2] = {b->doors[0], b->doors[1]}, down = *b->down;
-    struct products steps[3] = {products_of(rows, b->heads * b->dim, &output, 1, lora), products_of(rows, b->hidden, doors, 2, lora),
-                              products_of(rows, b->inner, &down, 1, lora)};
+    struct products steps[3] = {products_of(rows, b->heads * b->dim, &output, 1, lora),
+                                products_of(rows, b->hidden, doors, 2, lora), products_of(rows, b->inner, &down, 1, lora)};
     size_t room = 0;
     for (int i = 0; i < 3; i++) room = room_of(steps + i) > room ? room_of(steps + i) : room;
     float *normed = scratch(room + rows * (b->hidden + 2 * b->inner)), *gate = normed + rows * b->hidden;

@@ -10,7 +10,7 @@
    processor spends a quarter of the time on looking up addresses. A refusal changes nothing. */
 void dylora_use_huge_pages(void *memory, long size) {
 #ifdef MADV_HUGEPAGE
-    uintptr_t page = 1 << 21, first = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + size) / page * page;
+    uintptr_t page = 1 << 21, at = (uintptr_t)memory, first = (at + page - 1) / page * page, end = (at + size) / page * page;
     if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
 #else
     (void)memory, (void)size;

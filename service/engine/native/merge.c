@@ -39,8 +39,7 @@ void dylora_merge(const float *w, const float *a, const float *b, long b_stride,
                 from[i] = w + (panel * in + k + i) * PANEL;
                 to[i] = merged + (panel * in + k + i) * PANEL;
             }
-            streamed[rows](a + k, in, turned, PANELS == 1 ? LANES : is_single ? 0 : rank * PANEL, rank, from, to, 0,
-                        PANELS == 1 ? LANES : is_single ? 0 : in * PANEL, 0);
+            streamed[rows](a + k, in, turned, apart(is_single, rank * PANEL), rank, from, to, 0, apart(is_single, in * PANEL), 0);
         }
     }
 #ifdef __AVX__

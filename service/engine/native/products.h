@@ -61,11 +61,8 @@ static void turn(const float *x, long rows, long in, long groups, float *turned)
 
 /* Outputs of one tile's width, from `panel` on, of all rows. */
 static void multiply(const struct part *p, const float *x, int is_turned, long rows, long in, long groups, long panel) {
-    long panels = p->out / PANEL, other = LANES, step = LANES;
-    if (PANELS == 2) { /* of a last single panel, both vectors compute the same */
-        other = panel + 1 < panels ? in * PANEL : 0;
-        step = panel + 1 < panels ? LANES : 0;
-    }
+    int is_single = panel + 1 == p->out / PANEL;
+    long other = apart(is_single, in * PANEL), step = apart(is_single, LANES);
     for (long k = 0; k < in; k += DEPTH) {
         long depth = at_most(DEPTH, in - k);
         const float *block = p->w + (panel * in + k) * PANEL;
@@ -81,8 +78,8 @@ static void multiply(const struct part *p, const float *x, int is_turned, long r
             /* Groups of rows take turns at a block: while they do, the next comes from memory. One group alone is faster than
                memory, and asks for what it needs soon. A single row leaves that to the processor. */
             const float *ahead = rows == 1 || g ? 0 : groups > 1 ? next : block + SOON * PANEL;
-            tiles[count](is_turned ? x + first * in + k * count : x + k, count, block, other, depth, k || p->add || p->bias ? from : 0, to,
-                         panel * PANEL, step, ahead);
+            const float *read = is_turned ? x + first * in + k * count : x + k;
+            tiles[count](read, count, block, other, depth, k || p->add || p->bias ? from : 0, to, panel * PANEL, step, ahead);
         }
     }
 }
@@ -144,9 +141,9 @@ static void expand(const struct part *p, const struct lora *l, const float *low,
         float *to[BLOCK_ROWS];
         for (long i = 0; i < l->counts[block]; i++) to[i] = p->y + l->rows[block * BLOCK_ROWS + i] * p->out;
         for (long panel = first; panel < end; panel += PANELS) {
-            long is_single = PANELS == 2 && panel + 1 == end;
-            tiles[l->counts[block]](low + block * most * BLOCK_ROWS, BLOCK_ROWS, b + panel * width, PANELS == 1 ? LANES : is_single ? 0 : width,
-                                l->ranks[block], (const float *const *)to, to, panel * PANEL, is_single ? 0 : LANES, 0);
+            int is_single = panel + 1 == end;
+            tiles[l->counts[block]](low + block * most * BLOCK_ROWS, BLOCK_ROWS, b + panel * width, apart(is_single, width),
+                                    l->ranks[block], (const float *const *)to, to, panel * PANEL, apart(is_single, LANES), 0);
         }
     }
 }

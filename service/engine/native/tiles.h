@@ -16,6 +16,10 @@
 #define MOST_ROWS 6 /* 6 x 2 accumulators and 3 operands fill 16 vector registers */
 #endif
 
+/* How far apart the two vectors of a tile stand: in one panel, or in two that are `distance` apart. Of a last single panel both
+   compute the same. */
+static inline long apart(int is_single, long distance) { return PANELS == 1 ? LANES : is_single ? 0 : distance; }
+
 /* to[i][column + v * step + j] = from[i][the same place] + sum over k of x[k * x_stride + i] * w[v * other + k * PANEL + j]
 
    for the vectors v = 0, 1; from = 0: zeros. The weights at `ahead`, if given, as many and as far apart as those at `w`, are
