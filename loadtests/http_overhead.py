@@ -21,7 +21,7 @@ import torch
 
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE
 from loadtests import workload
-from loadtests.engine_bench import OurEngine
+from loadtests.bench.engine import OurEngine, load_adapters, load_base
 from loadtests.server_process import ServerProcess
 from service.core import Compile
 
@@ -169,7 +169,7 @@ def main() -> None:
             "max_running_requests": max(options.batches),
             "log_level": options.log_level,
         }
-        engine = OurEngine(folder, options.compile, options.modes)
+        engine = OurEngine(load_base(folder), load_adapters(folder), options.modes, compile_=options.compile)
         try:
             with ServerProcess(settings, folder / "log", start_timeout_s=300) as server:
                 _upload(server, folder)

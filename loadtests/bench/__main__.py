@@ -2,9 +2,9 @@
 
 Sweeps: `rates`, the base, one merged adapter and eight adapters of ranks 2 to 16 mixed, beside the other engines; `wide`, 32
 rows over 32 adapters of rank 64; `zipf`, 1,000 adapters of which some are asked for far more often than others; `bandwidth`
-and `merge`, as shares of what memory gives; `prefix` and `gaps`, waits for tokens; `ranks`, memory; `http`; `products`, other
-ways to compute the adapters' product. All of them with llama.cpp and vLLM take about half an hour on two cores, 5 minutes
-without `rates`. A table of targets ends the output.
+and `merge`, as shares of what memory gives; `prefix` and `gaps`, waits for tokens; `ranks`, memory; `products`, other ways to
+compute the adapters' product. All of them with llama.cpp and vLLM take about 15 minutes on two cores, 3 minutes without
+`rates`. A table of targets ends the output. What HTTP costs beside the engine alone is measured by loadtests.http_overhead.
 """
 
 import argparse
@@ -19,13 +19,12 @@ from loadtests.bench.contenders import Contender, Peft, Worker
 from loadtests.bench.engine import OurEngine, load_adapters, load_base, many_adapters, wide_adapters
 from loadtests.bench.figures import Figures
 from loadtests.bench.memory import bandwidth_of_merging, bandwidth_of_one_row, memory_of_ranks
-from loadtests.bench.over_http import compare_http
 from loadtests.bench.products import compare_products
 from loadtests.bench.rates import compare_rates
 from loadtests.bench.waits import first_token_of_a_cached_prefix, gaps_while_a_prompt_enters
 from service.core import Compile
 
-SWEEPS = ("rates", "wide", "zipf", "bandwidth", "merge", "prefix", "gaps", "ranks", "http", "products")
+SWEEPS = ("rates", "wide", "zipf", "bandwidth", "merge", "prefix", "gaps", "ranks", "products")
 MODES = ("base", "merged", "mixed")
 _WORKERS = Path(__file__).parents[1] / "peers"
 
@@ -66,8 +65,6 @@ def _run(sweep: str, folder: Path, options: argparse.Namespace, figures: Figures
         memory_of_ranks(folder, adapters["adapter3"], figures)
     elif sweep == "products":
         compare_products(figures)
-    elif sweep == "http":
-        compare_http(folder, options.rounds, figures)
 
 
 def _rates(folder: Path, options: argparse.Namespace, figures: Figures) -> None:

@@ -4,8 +4,9 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -57,8 +58,9 @@ def many_adapters(ranked: Mapping[str, Adapter]) -> dict[str, Adapter]:
 class Client:
     """Hears of one request's tokens, and when."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, on_end: Callable[[], None] = lambda: None) -> None:
         self.request_id = request_id
+        self._on_end = on_end
         self.submitted = time.perf_counter()
         self.moments: list[float] = []
         self._ended = threading.Event()
@@ -72,6 +74,7 @@ class Client:
         else:
             self._failure = event if isinstance(event, Failed) else None
             self._ended.set()
+            self._on_end()
         self._heard.release()
 
     def wait_for_token(self) -> None:
@@ -117,10 +120,16 @@ class OurEngine(Contender):
     def on_merge(self, seconds: float) -> None:
         """Not of interest."""
 
-    def submit(self, prompt: Sequence[int], new_tokens: int, choice: AdapterChoice | None = None) -> Client:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        choice: AdapterChoice | None = None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> Client:
         """Ask for some tokens."""
         self._submitted += 1
-        client = Client(f"request-{self._submitted}")
+        client = Client(f"request-{self._submitted}", on_end)
         sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         self._engine.submit(GenerationRequest(client.request_id, tuple(prompt), sampling, choice), client)
         return client
@@ -130,14 +139,24 @@ class OurEngine(Contender):
         self._engine.abort(client.request_id)
         client.wait()
 
-    def run(self, mode: str, batch: int) -> float:
-        """Submit `batch` requests at once and wait for the last to end; seconds."""
+    def run(self, mode: str, batch: int, tokens: int = workload.NEW_TOKENS, turns: int = 1) -> float:
+        """Keep `batch` requests of `tokens` each in flight, `turns` one after another in each row; seconds."""
+        ended: SimpleQueue[int] = SimpleQueue()
         choices = [self.choice(self._version(mode, row)) for row in range(batch)]
         prompts = workload.prompts(batch)
+
+        def submit(row: int) -> Client:
+            return self.submit(prompts[row], tokens, choices[row], lambda: ended.put(row))
+
+        left = [turns - 1] * batch
         started = time.perf_counter()
-        clients = [self.submit(ids, workload.NEW_TOKENS, choice) for ids, choice in zip(prompts, choices, strict=True)]
-        for client in clients:
-            client.wait()
+        clients = [submit(row) for row in range(batch)]
+        for _ in range(turns * batch):
+            row = ended.get()
+            clients[row].wait()
+            if left[row]:
+                left[row] -= 1
+                clients[row] = submit(row)
         return time.perf_counter() - started
 
     def decode_seconds(self, mode: Mode, rows: int) -> float:

@@ -15,7 +15,6 @@ TARGETS: dict[str, float] = {
     "bandwidth of a cold merge / copy bandwidth": 0.75,
     "wide / own base, batch 32": 0.50,
     "zipf / own mixed, batch 32": 0.85,
-    "over HTTP / engine, 32 streams": 0.95,
 }
 """Ratios that are to be at least this."""
 
