@@ -21,8 +21,9 @@ import torch
 
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE
 from loadtests import workload
-from loadtests.bench.engine import OurEngine, load_adapters, load_base
+from loadtests.bench.engine import OurEngine, load_adapters
 from loadtests.server_process import ServerProcess
+from loadtests.workload import load_base
 from service.core import Compile
 
 Run = Callable[[], float]

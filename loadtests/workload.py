@@ -5,13 +5,13 @@ block; row i of a mixed batch uses adapter i mod 8, so that neighbours differ in
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapters.adapter import Adapter, LowRank
 from adapters.checkpoint import write_peft
@@ -34,12 +34,33 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def make_workload(folder: Path) -> None:
+SIZES: dict[str, dict[str, Any]] = {
+    "100m": CONFIG,
+    "1b": {
+        **CONFIG,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+"""What a GPU needs a larger model for: below, its steps take as long as their launches."""
+
+
+def load_base(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """The workload's model."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, dtype))
+    moved: PreTrainedModel = model.to(device)
+    return moved
+
+
+def make_workload(folder: Path, config: Mapping[str, Any] = CONFIG) -> None:
     """Write `base`, with a tokenizer, and `adapter0` to `adapter7` into a folder."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model = LlamaForCausalLM(LlamaConfig(**config))
     model.save_pretrained(folder / "base")
-    number_tokenizer(CONFIG["vocab_size"]).save_pretrained(folder / "base")
+    number_tokenizer(config["vocab_size"]).save_pretrained(folder / "base")
     for number, rank in enumerate(RANKS):
         write_peft(random_lora(model, rank, seed=number), folder / f"adapter{number}")
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from loadtests import workload
 
@@ -33,9 +33,9 @@ class Peft(Contender):
     name = "transformers+peft"
     modes = ("base", "mixed")
 
-    def __init__(self, folder: Path) -> None:
-        self._base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
-        wrapped = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    def __init__(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> None:
+        self._base = workload.load_base(folder, dtype, device).eval()
+        wrapped = workload.load_base(folder, dtype, device)
         self._mixed = PeftModel.from_pretrained(wrapped, str(folder / "adapter0"), adapter_name="adapter0")
         for number in range(1, len(workload.RANKS)):
             self._mixed.load_adapter(str(folder / f"adapter{number}"), adapter_name=f"adapter{number}")
@@ -46,11 +46,12 @@ class Peft(Contender):
     @torch.inference_mode()
     def run(self, mode: str, batch: int) -> float:
         """Generate for `batch` prompts at once; seconds."""
-        ids = torch.tensor(workload.prompts(batch))
+        ids = torch.tensor(workload.prompts(batch), device=self._base.device)
         names = {"adapter_names": [f"adapter{workload.adapter_of(row)}" for row in range(batch)]} if mode == "mixed" else {}
         model = self._mixed if mode == "mixed" else self._base
         started = time.perf_counter()
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=self._config, **names)
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=self._config, **names)
+        made.cpu()  # on a GPU it is only then made
         return time.perf_counter() - started
 
     def close(self) -> None:

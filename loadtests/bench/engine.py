@@ -9,7 +9,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from adapters.adapter import Adapter
 from adapters.checkpoint import read_peft
@@ -31,12 +31,6 @@ from service.engine.model import prepare_model
 
 WIDE_ADAPTERS, WIDE_RANK = 32, 64
 ZIPF_ADAPTERS = 1000
-
-
-def load_base(folder: Path) -> PreTrainedModel:
-    """The workload's model."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    return model
 
 
 def load_adapters(folder: Path) -> dict[str, Adapter]:
@@ -100,7 +94,8 @@ class OurEngine(Contender):
         compile_: Compile = Compile.AUTO,
         prefix_cache: bool = False,
     ) -> None:
-        self.name = f"dylora, compile {compile_}"
+        is_half = model.dtype is not torch.float32
+        self.name = f"dylora, {model.dtype}, compile {compile_}" if is_half else f"dylora, compile {compile_}"
         self.modes = modes
         self._adapters = adapters
         self._steps: list[StepReport] = []

@@ -12,8 +12,9 @@ from torch import Tensor
 from adapters.adapter import Adapter
 from adapters.config import AdapterConfig, AdapterKind
 from loadtests import workload
-from loadtests.bench.engine import OurEngine, load_base
+from loadtests.bench.engine import OurEngine
 from loadtests.bench.figures import Figures
+from loadtests.workload import load_base
 from service.core import AdapterChoice, Mode
 from service.engine.lora import LoraBank
 from service.engine.merged import merge

@@ -5,8 +5,9 @@ import random
 import statistics
 from pathlib import Path
 
-from loadtests.bench.engine import Client, OurEngine, load_base
+from loadtests.bench.engine import Client, OurEngine
 from loadtests.bench.figures import Figures
+from loadtests.workload import load_base
 
 _PREFIX_TOKENS = 1000
 _ENTERING_TOKENS = 1500
