@@ -142,7 +142,7 @@ class Nested:
         name: the method's.
         config: alpha, r_max and targets are the task's, whatever stands here.
         optim: what moves the factors.
-        learning_rate: the task's unless given.
+        rate_factor: of the task's learning rate.
         steps_factor: optimiser steps, in those of one ordinary LoRA run.
         idea: what it tries, in a few words, for the page.
     """
@@ -150,7 +150,7 @@ class Nested:
     name: str
     config: DyLoRAConfig = DyLoRAConfig()  # noqa: RUF009  frozen
     optim: OptimizerName = OptimizerName.ADAMW
-    learning_rate: float | None = None
+    rate_factor: float = 1.0
     steps_factor: float = 1.0
     idea: str = ""
 
@@ -191,11 +191,9 @@ IDEAS: tuple[Nested, ...] = (
     Nested("idea-sandwich", DyLoRAConfig(sandwich=True), idea="every step at full rank too, the loss being the mean"),
     Nested("idea-row-adamw", optim=OptimizerName.ROW_ADAMW, idea="rows without a gradient keep their value and momentum"),
     Nested(
-        "idea-full-rank-weighted",
-        DyLoRAConfig(distribution=RankDistribution.WEIGHTS, weights=(1.0,) * (R_MAX - 1) + (4.0,)),
-        idea="full rank drawn four times as often as any other",
+        "idea-rows-muon", ROWS.config, OptimizerName.MUON, idea="ours for the cost of one run, by Muon in the place of AdamW"
     ),
-    Nested("idea-muon", optim=OptimizerName.MUON, idea="Muon in the place of AdamW"),
+    Nested("idea-rows-rate", ROWS.config, rate_factor=2.0, idea="ours for the cost of one run, at twice the learning rate"),
     Nested("idea-twice-the-steps", steps_factor=2.0, idea="plain DyLoRA for the cost of two LoRA runs"),
 )
 """Tried on IDEAS_TASK and the first seed alone, to choose from; each is reported, working or not."""
@@ -284,7 +282,7 @@ def _comparison(task: Task, seed: int) -> Iterator[Run]:
     yield from (lora_run(task, rank, seed) for rank in RANKS if rank not in FIRST_RANKS)
     if BEST.optim is OptimizerName.MUON:
         # The same optimiser for both sides, so that nesting alone is compared.
-        optimiser = replace(task.settings, optim=BEST.optim, learning_rate=BEST.learning_rate or task.settings.learning_rate)
+        optimiser = replace(task.settings, optim=BEST.optim, learning_rate=_rate(task, BEST.rate_factor))
         for rank in FIRST_RANKS:
             yield replace(lora_run(task, rank, seed), method=LORA_BEST_OPTIMISER, settings=replace(optimiser, seed=seed))
 
@@ -292,7 +290,7 @@ def _comparison(task: Task, seed: int) -> Iterator[Run]:
 def _trials(task: Task, seed: int) -> Iterator[Run]:
     for factor in TRIAL_FACTORS:
         run = lora_run(task, R_MAX, seed)
-        rate = float(f"{task.settings.learning_rate * factor:.2g}")
+        rate = _rate(task, factor)
         yield replace(run, method=f"{LORA}-lr{rate:g}", settings=replace(run.settings, learning_rate=rate))
 
 
@@ -309,11 +307,15 @@ def nested_run(task: Task, nested: Nested, seed: int) -> Run:
         task.settings,
         seed=seed,
         optim=nested.optim,
-        learning_rate=nested.learning_rate or task.settings.learning_rate,
+        learning_rate=_rate(task, nested.rate_factor),
         max_steps=round(steps * nested.steps_factor),
     )
     config = replace(nested.config, r_max=R_MAX, alpha=ALPHA, targets=task.targets)
     return Run(task, nested.name, seed, settings, config=config)
+
+
+def _rate(task: Task, factor: float) -> float:
+    return float(f"{task.settings.learning_rate * factor:.2g}")
 
 
 def _cut(run: Run, max_steps: int) -> Run:
