@@ -1,6 +1,6 @@
 """The two bases of our own, trained from nothing on the texts at hand: `python -m adapters.paper.bases --help`.
 
-`causal` is a Llama of 11 million parameters, `encoder` a RoBERTa of 7 million. Neither sees a task: meanings and
+`causal` is a Llama of 11 million parameters, `encoder` a RoBERTa of 4 million. Neither sees a task: meanings and
 sentences come apart, and no label is read.
 """
 

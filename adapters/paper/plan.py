@@ -102,25 +102,23 @@ def _webnlg(base: Base, settings: TrainSettings, max_tokens: int, max_new_tokens
     )
 
 
-def _glue(name: str, folder: str, metric: str, steps: int, max_tokens: int = 64) -> Task:
+def _glue(name: str, folder: str, metric: str, steps: int, max_tokens: int = 64, learning_rate: float = 4e-3) -> Task:
     return Task(
         name=name,
         base=Base.ENCODER,
         data=name,
         train=f"glue/{folder}/train.tsv",
         dev=f"glue/{folder}/dev.tsv",
-        settings=_settings(steps, 32, GLUE_LEARNING_RATE, warmup=0.1),
+        settings=_settings(steps, 32, learning_rate, warmup=0.1),
         metric=metric,
         max_tokens=max_tokens,
         targets=("query", "value"),
     )
 
 
-GLUE_LEARNING_RATE = 4e-3
-
 TASKS: tuple[Task, ...] = (
     _e2e(Base.STORIES, _settings(400, 16, 5e-3), max_tokens=384, max_new_tokens=160),
-    _glue("sst2", "SST-2", "accuracy", steps=200),
+    _glue("sst2", "SST-2", "accuracy", steps=300, learning_rate=1e-3),
     _glue("cola", "CoLA", "Matthews correlation", steps=200),
     _glue("mrpc", "MRPC", "accuracy", steps=120),
     _glue("rte", "RTE", "accuracy", steps=100, max_tokens=96),
