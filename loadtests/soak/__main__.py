@@ -28,8 +28,15 @@ SAMPLE_S = 5.0
 WARM_UP_SHARE = 0.3
 """Of the time, after which memory has to be flat."""
 MAX_GROWTH = 0.05
-SETTINGS = {"threads": 1, "latency_sweep_s": 0, "log_format": "json", "max_running_requests": 32, "max_waiting_requests": 24}
-"""Fewer places than clients, so that the queue is full at times."""
+SETTINGS = {
+    "threads": 1,
+    "latency_sweep_s": 0,
+    "log_format": "json",
+    "max_running_requests": 32,
+    "max_waiting_requests": 24,
+    "merged_cache_bytes": "64MiB",
+}
+"""Fewer places than clients, so that the queue is full at times, and a cache of merged weights that is soon full."""
 
 
 class SoakServer(ServerProcess):
