@@ -1,6 +1,7 @@
 """/v1 in OpenAI's words, around an engine without a model."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,24 @@ def test_a_stream_is_the_whole_answer_in_pieces(server: Server) -> None:
     assert all(piece["lora"]["timing"]["total_ms"] > 0 for piece in ends)
 
 
+def test_every_chunk_can_have_the_counts_of_its_choice(server: Server) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked: dict[str, Any] = {"stream": True, "stream_options": options, "n": 2, "temperature": 1}
+    for response, prompt_tokens in (
+        (complete(server, prompt=["ab", "cde"], **asked), (2, 2, 3, 3)),
+        (chat(server, model="demo", **asked), None),
+    ):
+        *pieces, last = chunks(response)
+        made: Counter[int] = Counter()
+        for piece in pieces:
+            index, usage = piece["choices"][0]["index"], piece["usage"]
+            made[index] += 1
+            assert usage["completion_tokens"] == made[index]
+            assert usage["total_tokens"] == usage["prompt_tokens"] + made[index]
+            assert prompt_tokens is None or usage["prompt_tokens"] == prompt_tokens[index]
+        assert last["usage"]["completion_tokens"] == made.total()
+
+
 def test_a_chat_stream_is_the_whole_answer_in_pieces(server: Server) -> None:
     asked = {"n": 2, "temperature": 1, "seed": 5, "model": "demo", "logprobs": True, "top_logprobs": 2}
     whole = good(chat(server, **asked))
@@ -322,6 +341,11 @@ def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
         ({"logprobs": 21}, "logprobs", "20"),
         ({"logit_bias": {"999": 1}}, "logit_bias", "legal: 0 to 256"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream true"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options",
+            "only legal with include_usage",
+        ),
         ({"min_tokens": 6}, "min_tokens", "above max_tokens 5"),
         ({"max_token": 3}, "max_token", "did you mean max_tokens?"),
         ({"suffix": "x"}, "suffix", "not available"),

@@ -117,7 +117,7 @@ class CompletionChunk(Envelope):
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
-    usage: Usage | None = Field(default=None, description="With include_usage, in the last chunk.")
+    usage: Usage | None = Field(default=None, description="With include_usage, in the last chunk, or in each.")
 
 
 class ChatCompletion(Envelope):
@@ -133,7 +133,7 @@ class ChatChunk(Envelope):
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
-    usage: Usage | None = Field(default=None, description="With include_usage, in the last chunk.")
+    usage: Usage | None = Field(default=None, description="With include_usage, in the last chunk, or in each.")
 
 
 class Model(BaseModel):

@@ -9,6 +9,7 @@ from pydantic import (
     Field,
     PlainValidator,
     WithJsonSchema,
+    model_validator,
 )
 
 from service.http.not_served import NotServed
@@ -106,8 +107,16 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     include_usage: Switch = Field(False, description="Send the counts of tokens in a last chunk, without choices.")
+    continuous_usage_stats: Switch = Field(
+        False, description="With include_usage: send the counts so far with every chunk, those of its own choice. vLLM's."
+    )
     include_obfuscation: Annotated[Any, NotServed(False)] = None
-    continuous_usage_stats: Annotated[Any, NotServed(False)] = None
+
+    @model_validator(mode="after")
+    def _usage_is_included(self) -> "StreamOptions":
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats: true is only legal with include_usage true")
+        return self
 
 
 class OpenAIRequest(BaseModel):
@@ -197,6 +206,11 @@ class OpenAIRequest(BaseModel):
     def includes_usage(self) -> bool:
         """Whether a stream ends with the counts of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def counts_in_chunks(self) -> bool:
+        """Whether every chunk of a stream has the counts so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class CompletionRequest(OpenAIRequest):

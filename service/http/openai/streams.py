@@ -1,6 +1,7 @@
 """From events to OpenAI's streams: one chunk for each token of any choice, and `[DONE]` at the end."""
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -23,12 +24,17 @@ First = tuple[int, Event]
 
 @dataclass(frozen=True)
 class _Piece:
-    """A token of one choice; `end` with its last, `is_first` with its first."""
+    """A token of one choice, the `number`-th of it; `end` with its last."""
 
     index: int
     token: Token
-    is_first: bool
+    number: int
     end: Finished | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether its choice begins with it."""
+        return self.number == 1
 
 
 async def stream_completion(
@@ -52,7 +58,8 @@ async def stream_completion(
             finish_reason=stop_reason(piece.end) if piece.end else None,
         )
         served = served_by(submitted, piece.end.mode, piece.end.usage) if piece.end else None
-        return CompletionChunk(**heading.fields, lora=served, choices=[choice])
+        usage = _usage_so_far(submitted, piece) if body.counts_in_chunks else None
+        return CompletionChunk(**heading.fields, lora=served, choices=[choice], usage=usage)
 
     def last(usage: Usage) -> CompletionChunk:
         return CompletionChunk(**heading.fields, choices=[], usage=usage)
@@ -72,7 +79,8 @@ async def stream_chat(submitted: Submitted, body: ChatRequest, heading: Heading,
             finish_reason=stop_reason(piece.end) if piece.end else None,
         )
         served = served_by(submitted, piece.end.mode, piece.end.usage) if piece.end else None
-        return ChatChunk(**heading.fields, lora=served, choices=[choice])
+        usage = _usage_so_far(submitted, piece) if body.counts_in_chunks else None
+        return ChatChunk(**heading.fields, lora=served, choices=[choice], usage=usage)
 
     def last(usage: Usage) -> ChatChunk:
         return ChatChunk(**heading.fields, choices=[], usage=usage)
@@ -106,13 +114,13 @@ async def _events(
 async def _pieces(submitted: Submitted, first: First) -> AsyncIterator[_Piece]:
     """The tokens of all choices as they come; the last of each waits for its end, which follows at once."""
     left = len(submitted.samplings)
-    seen: set[int] = set()
+    numbers: Counter[int] = Counter()
     waiting: dict[int, _Piece] = {}
     index, event = first
     while True:
         if isinstance(event, TokenEvent):
-            piece = _Piece(index, event.token, is_first=index not in seen)
-            seen.add(index)
+            numbers[index] += 1
+            piece = _Piece(index, event.token, numbers[index])
             if event.is_last:
                 waiting[index] = piece
             else:
@@ -120,11 +128,17 @@ async def _pieces(submitted: Submitted, first: First) -> AsyncIterator[_Piece]:
         else:
             end = finished_or_raise(event)
             piece = waiting.pop(index)
-            yield _Piece(index, piece.token, piece.is_first, end)
+            yield _Piece(index, piece.token, piece.number, end)
             left -= 1
             if not left:
                 return
         index, event = await submitted.sequences.next()
+
+
+def _usage_so_far(submitted: Submitted, piece: _Piece) -> Usage:
+    """Of the piece's own choice, as vLLM counts."""
+    prompt = submitted.prompts[piece.index * len(submitted.prompts) // len(submitted.samplings)]
+    return Usage(prompt_tokens=len(prompt), completion_tokens=piece.number, total_tokens=len(prompt) + piece.number)
 
 
 def _sse(chunk: BaseModel) -> str:
