@@ -35,8 +35,11 @@ SETTINGS = {
     "max_running_requests": 32,
     "max_waiting_requests": 24,
     "merged_cache_bytes": "64MiB",
+    **dict.fromkeys(("header_timeout_s", "body_timeout_s", "write_timeout_s", "keep_alive_s"), 600),
 }
-"""Fewer places than clients, so that the queue is full at times, and a cache of merged weights that is soon full."""
+"""Fewer places than clients, so that the queue is full at times; a cache of merged weights that is soon full; and time enough
+for clients that share a busy machine with the server.
+"""
 
 
 class SoakServer(ServerProcess):
