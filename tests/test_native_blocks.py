@@ -1,5 +1,6 @@
 """Blocks computed by the kernels: which are, and that nothing else changes."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -63,10 +64,9 @@ def test_blocks_of_llamas_kind_give_transformers_own_logits(
     assert found is not None
     loaded, runner, reference = packed(model_of(kind, **fields), found)
     blocks = list(blocks_of(loaded).values())
-    assert use_native_blocks(loaded, blocks, found)
     for block in blocks:
         monkeypatch.setattr(block.self_attn, "forward", None)  # must not be called
-    reference.check(loaded, runner, block_tokens=16)
+    assert use_native_blocks(loaded, blocks, found, partial(reference.check, loaded, runner, block_tokens=16))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,20 @@ def test_blocks_of_llamas_kind_give_transformers_own_logits(
 def test_other_blocks_are_left_alone(kind: str, fields: dict[str, Any]) -> None:
     assert found is not None
     loaded, runner, reference = packed(model_of(kind, **fields), found)
-    assert not use_native_blocks(loaded, blocks_of(loaded).values(), found)
+    assert not use_native_blocks(loaded, blocks_of(loaded).values(), found, lambda: None)
     reference.check(loaded, runner, block_tokens=16)
+
+
+def test_a_block_that_somebody_changed_keeps_what_it_was_changed_to() -> None:
+    assert found is not None
+    model = model_of("llama")
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: 2 * own(x)
+    loaded, runner, reference = packed(model, found)
+    check = partial(reference.check, loaded, runner, block_tokens=16)
+    assert not use_native_blocks(loaded, blocks_of(loaded).values(), found, check)
+    check()
 
 
 def test_tokens_are_those_without_kernels_when_prompts_share_prefixes_and_blocks_are_short() -> None:

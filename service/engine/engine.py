@@ -116,14 +116,15 @@ class Engine:
             loaded.model, loaded.model.get_input_embeddings(), kernels=backend.kernels, product=backend.product
         )
         reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
+        check = partial(reference.check, loaded, self._runner, block_tokens=options.kv_block_tokens)
         found = backend.kernels if options.compile is Compile.AUTO else None
-        if found is not None and use_native_blocks(loaded, blocks_of(loaded).values(), found):
-            reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
+        if found is not None and use_native_blocks(loaded, blocks_of(loaded).values(), found, check):
+            log.info("%s runs block by block in the kernels", type(loaded.model).__name__)
         elif wants_compilation(options.compile, loaded):
             self._bank.adapt_linear(blocks_of(loaded))
             number_layers(loaded.layers)
             with CompiledBlocks(loaded):
-                reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
+                check()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._scheduler = Scheduler(
             self._pool,

@@ -5,7 +5,8 @@ dispatch, and a parallel region for each. What is recognised is code of transfor
 sizes and parts checked; everything else, and steps with adapters that replace parameters, run the model's own code.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,20 +23,35 @@ from service.engine.merged import MergedWeights
 from service.engine.mixed import MixedStep
 from service.engine.model import LoadedModel
 from service.engine.native.kernels import PANEL, Block, BlockShape, Kernels
+from service.errors import ModelRefused
+
+log = logging.getLogger(__name__)
 
 _KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
-def use_native_blocks(loaded: LoadedModel, blocks: Iterable[Any], kernels: Kernels) -> bool:
-    """Let the kernels compute the blocks, once their weights are packed; False, and nothing is changed, if they can't."""
+def use_native_blocks(loaded: LoadedModel, blocks: Iterable[Any], kernels: Kernels, check: Callable[[], None]) -> bool:
+    """Let the kernels compute the blocks, once their weights are packed; False, and nothing is changed, if they can't.
+
+    Args:
+        check: raises ModelRefused if the model gives other logits than its own code: a class says nothing of what somebody has
+            put into an object.
+    """
     blocks = list(blocks)
     if not blocks or not all(_is_known(block) for block in blocks):
         return False
     rotary = _Rotary()
     for block in blocks:
         block.forward = NativeBlock(block, loaded.layers[block.self_attn], kernels, rotary)
+    try:
+        check()
+    except ModelRefused as refused:
+        log.warning("the kernels do not compute this model's blocks, which run by torch: %s", refused)
+        for block in blocks:
+            del block.forward
+        return False
     return True
 
 
