@@ -96,7 +96,7 @@ def test_the_page_has_the_figures_and_keeps_what_was_written_by_hand(results: Pa
 def test_an_unfinished_task_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
     append(result(plan([TASK])[0]), tmp_path)
     write_report(tmp_path, tmp_path / "page")
-    assert "1 runs, seeds 0" in (tmp_path / "page" / "RESULTS.md").read_text()
+    assert "1 runs, seed 0." in (tmp_path / "page" / "RESULTS.md").read_text()
 
 
 def test_a_line_that_is_no_result_and_a_page_without_marks_are_named(results: Path) -> None:

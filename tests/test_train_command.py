@@ -10,7 +10,7 @@ import pytest
 
 from adapters.commands.train import COMMAND, TrainOptions, parse_ranks, parse_targets, parse_weights
 from adapters.errors import AdapterError
-from adapters.training.dylora import DyLoRAConfig, RankDistribution, UpdateRule
+from adapters.training.dylora import DyLoRAConfig, RankDistribution, RankPer, UpdateRule
 from adapters.training.settings import OptimizerName, TrainSettings
 from service.cli import main
 
@@ -26,7 +26,11 @@ def parsed(*argv: str) -> TrainOptions:
 
 def test_what_is_not_given_is_as_the_settings_have_it() -> None:
     assert parsed().settings() == TrainSettings()
-    assert parsed().dylora() == DyLoRAConfig()
+    # Our own choice, which adapters/paper/RESULTS.md is about; the paper's is one rank for each step, and alpha / b.
+    assert parsed().dylora() == DyLoRAConfig(rank_per=RankPer.ROW, rslora=True)
+    assert parsed("--rank-per", "step", "--no-use-rslora").dylora() == DyLoRAConfig()
+    for needs_step in (("--sandwich",), ("--update-rule", "frozen")):
+        assert parsed(*needs_step).dylora().rank_per is RankPer.STEP
     assert {f.name for f in fields(TrainSettings)} <= {f.name for f in fields(TrainOptions)}
 
 
@@ -34,7 +38,7 @@ def test_options_reach_settings_and_adapter() -> None:
     options = parsed(
         *("--ranks", "1,2,4,8,16", "--rank-distribution", "weights", "--rank-weights", "1,1,1,1,4"),
         *("--update-rule", "frozen", "--optim", "row-adamw", "--target-modules", "q_proj,v_proj", "--lora-alpha", "32"),
-        *("--max-steps", "7", "--bf16", "--eval-ranks", "1,16", "--eval-steps", "0.5", "--use-rslora"),
+        *("--max-steps", "7", "--bf16", "--eval-ranks", "1,16", "--eval-steps", "0.5"),
     )
     assert options.dylora() == DyLoRAConfig(
         r_max=16,
@@ -64,6 +68,7 @@ def test_ranks_weights_and_targets_are_read_or_refused_with_what_is_legal() -> N
     ("argv", "said"),
     [
         (("--r-max", "0"), "r_max must be at least 1, not 0"),
+        (("--sandwich", "--rank-per", "row"), "with rank_per 'row' choose neither"),
         (("--update-rule", "frozen"), "update rule 'frozen' needs the optimiser 'row-adamw', not 'adamw'"),
         (("--max-steps", "0"), "max_steps must be at least 1"),
         (("--geometric-p", "2"), "geometric_p must lie between 0 and 1"),

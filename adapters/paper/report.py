@@ -57,7 +57,9 @@ def plot(results: Sequence[Result], task: str, folder: Path) -> None:
             content.append(Panel(drawn, x_label="rank", y_label=metric))
     if not content:
         return
-    figure = panels(content, title=task, caption="mean over seeds, band: one standard deviation", inches=(5.2, 4.0))
+    seeds = len({result.seed for result in results if result.task == task})
+    caption = "one seed" if seeds == 1 else f"mean over {seeds} seeds, band: one standard deviation"
+    figure = panels(content, title=task, caption=caption, inches=(5.2, 4.0))
     for suffix in (".png", ".svg"):
         save_figure(figure, folder / f"{task}{suffix}")
 

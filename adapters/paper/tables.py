@@ -55,7 +55,7 @@ def section(results: Sequence[Result], task: str) -> str:
     metric = metric_of(own, task)
     seeds = sorted({result.seed for result in own})
     bases = [result.metrics[BASE] for result in own if BASE in result.metrics]
-    parts = [f"### {task}", f"{len(own)} runs, seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds."]
+    parts = [f"### {task}", f"{len(own)} runs, {_seeds(seeds)}."]
     for name in (LOSS, metric):
         if name is None:
             continue
@@ -69,6 +69,12 @@ def section(results: Sequence[Result], task: str) -> str:
         parts.append(_distances(own, task, WAYS[1:], name, RANKS))
     parts.append(f"![{task}](results/{task}.png)")
     return "\n\n".join(parts)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"seeds {', '.join(map(str, seeds))}; mean ± standard deviation over the seeds that were run"
 
 
 def _row(way: Way, spreads: dict[int, Spread], digits: int) -> list[str]:
