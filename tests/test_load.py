@@ -74,8 +74,8 @@ def test_traffic_is_what_arrived_lately() -> None:
         book.add(request, number / 2)
         book.remove(request)
     traffic = book.traffic(1000.0)
-    assert traffic.new_tokens_per_s == pytest.approx(60, rel=0.06)
-    assert traffic.prompt_tokens_per_s == pytest.approx(20, rel=0.06)
+    assert traffic.new_tokens_per_s == pytest.approx(60, rel=0.15)
+    assert traffic.prompt_tokens_per_s == pytest.approx(20, rel=0.15)
     assert traffic.adapters == 3
     np.testing.assert_allclose(traffic.ranks, 4.0, rtol=1e-3)
     later = book.traffic(1000.0 + TRAFFIC_S)

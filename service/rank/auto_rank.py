@@ -5,6 +5,7 @@ and falls slowly. Requests whose policy is elastic move along their ladders with
 highest price of the last minute, so that a calm moment does not take what the next burst needs.
 """
 
+import math
 import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ FALL_S = 0.05
 """The price falls by one level in this time."""
 HOLD_S = 60.0
 """For a request that keeps its rank the price falls from the highest to none in this time."""
+
+
+SPARED_S = 5.0
+"""How long a slow step is felt: by those who run, and by those who come and find them still there."""
 
 
 @dataclass
@@ -57,7 +62,7 @@ class AutoRank:
         safety: on what is predicted.
         book: the requests in flight.
         clock: seconds that only grow; all moments are of it.
-        spared_s: seconds, since the beginning, that the smallest ranks would have saved while somebody had objectives.
+        spared_s: seconds of the last SPARED_S that the smallest ranks would have saved while somebody had objectives.
     """
 
     model: LatencyModel
@@ -152,6 +157,7 @@ class AutoRank:
                 prospect = self._prospect(Mode.MIXED if self.book.adapters else Mode.BASE, now)
             except NotReady:
                 return
-            self.spared_s += step_s * (1 - prospect.gap_s[TOP] / prospect.gap_s[self.price.now])
+            spared_s = step_s * (1 - prospect.gap_s[TOP] / prospect.gap_s[self.price.now])
+            self.spared_s = spared_s + self.spared_s * math.exp(-step_s / SPARED_S)
             needed = lowest_price(prospect, self.book.due, now, self.safety.value)
         self.price.move(needed, now)

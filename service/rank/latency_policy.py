@@ -120,8 +120,8 @@ def lowest_price(prospect: Prospect, due: Iterable[InFlight], now: float, safety
     top = next(level for level, gap_s in enumerate(gaps) if gap_s <= gaps[TOP] * (1 + NOTHING_GAINED))
     tokens = prospect.waiting_prompt_tokens
 
-    def late(level: int, factor: float) -> Callable[[InFlight], bool]:
-        gap_s = factor * gaps[level]
+    def late(level: int, gap_s: float, factor: float) -> Callable[[InFlight], bool]:
+        gap_s *= factor
         reading_s = factor * prospect.reading_s(tokens, level) if tokens else 0.0
 
         def is_late(each: InFlight) -> bool:
@@ -134,9 +134,9 @@ def lowest_price(prospect: Prospect, due: Iterable[InFlight], now: float, safety
 
         return is_late
 
-    is_lost = late(top, 1.0)
+    is_lost = late(top, prospect.least_gap_s, 1.0)
     hopeful = [each for each in due if not is_lost(each)]
-    return bisect_left(range(top), True, key=lambda level: any(map(late(level, safety), hopeful)) is False)
+    return bisect_left(range(top), True, key=lambda level: any(map(late(level, gaps[level], safety), hopeful)) is False)
 
 
 def _merged_rank(prediction: Prediction, slo: Slo, ranks: Sequence[int], quality: Mapping[int, float]) -> int | None:

@@ -15,7 +15,7 @@ from service.rank.ladder import LEVELS, Ladder
 Floats = NDArray[np.float64]
 """One number for each price.  # [LEVELS]"""
 
-TRAFFIC_S = 5.0
+TRAFFIC_S = 2.0
 """How long an arrival counts: short enough to notice a step of load, long enough to tell a rate."""
 _MOST_RECENT = 64
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.core import Mode
+from service.rank.ladder import TOP
 from service.rank.latency_model import LatencyModel, StepTime
 from service.rank.load import Floats, LoadBook, Traffic
 from service.slo import Times
@@ -40,8 +41,9 @@ class Prospect:
     """The steps that come next with what is in flight, and one request more, if they run in this mode.
 
     Attributes:
-        gap_s: seconds of a step in which all generate, at each price; while they run some end and others arrive, so it is the
-            mean of such a step now and of one at the load that lately arriving requests lead to.
+        gap_s: seconds of a step in which all generate, at each price; where what arrives lately will make it slower, the mean
+            of now and then.
+        least_gap_s: of one now, at the highest price.
         now_s: a step in which those generate that do so already.
         token_s: seconds that a prompt token adds to such a step, at each price.
         line: of `gap_s`, for what one request adds to it.
@@ -93,8 +95,9 @@ class Prospect:
         with_chunk = with_chunk + reading.per_row_rank_s * (share * row_ranks + chunk * mean_ranks)
         token_s: Floats = np.maximum(with_chunk - now_s, 0.0) / chunk
         current: Floats = self.line.fixed_s + self.line.per_column_s * columns + self.line.per_row_rank_s * row_ranks
+        self.least_gap_s = float(current[TOP])
         if traffic.new_tokens_per_s > 0:
-            current = (current + self._settled(step(1, 0), traffic, rows, token_s)) / 2
+            current = np.maximum(current, (current + self._settled(step(1, 0), traffic, rows, token_s)) / 2)
         # Lists, because what is read of them for a request is single numbers.
         self.now_s: list[float] = now_s.tolist()
         self.token_s: list[float] = token_s.tolist()

@@ -57,7 +57,6 @@ class Measurement:
         self._was_aborted = False
         self.segments = [Segment(decision.rank)] if decision else []
         """Its ranks in turn, first the one that was chosen. Only of a request of one sequence they change."""
-        self._spared_before_s = auto_rank.spared_s
         self._late_s = 0.0
 
     def sequence(self, version: str | None, ask: Ask, change: Callable[[int], None] | None = None) -> "SequenceMeasurement":
@@ -94,7 +93,7 @@ class Measurement:
         decision = self.decision
         self._metrics.slo(decision.policy if decision else BASE_LABEL, "true" if self._is_good else "false")
         # Who had the smallest rank all along could not have been sooner, and one that was named is not ours.
-        could = self.auto_rank.spared_s - self._spared_before_s > self._late_s
+        could = self.auto_rank.spared_s > self._late_s
         if decision is not None and decision.ladder[0] > decision.ladder[TOP] and could:
             self.auto_rank.safety.observe(is_late=not self._is_good)
 
