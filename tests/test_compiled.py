@@ -8,7 +8,17 @@ import torch
 from service.core import Compile, Mode
 from service.engine.compiled import GRAPHS_PER_KIND
 from service.engine.engine import EngineOptions
-from tests.engine_harness import Reports, generate, generate_merged, mixed_requests, random_dylora, running_engine
+from service.engine.kv_cache import KVCache
+from service.engine.model import prepare_model
+from tests.engine_harness import (
+    Reports,
+    character_tokenizer,
+    generate,
+    generate_merged,
+    mixed_requests,
+    random_dylora,
+    running_engine,
+)
 from tests.tiny_models import TINY_KINDS, tiny_model
 
 
@@ -31,7 +41,9 @@ def test_compiled_steps_give_the_tokens_of_plain_ones_with_few_graphs(kind: str)
     before = graphs()
     reports = Reports()
     # Prompts in chunks, sequences that are preempted, and every mode.
-    tight = EngineOptions(max_running=8, max_batch_tokens=9, kv_block_tokens=4, kv_cache_bytes=12 * 4 * 256)
+    layers = prepare_model(tiny_model(kind), character_tokenizer(), name=kind).layers
+    cache_bytes = 12 * 4 * KVCache.token_bytes(layers, torch.float32)
+    tight = EngineOptions(max_running=8, max_batch_tokens=9, kv_block_tokens=4, kv_cache_bytes=cache_bytes)
     options = replace(tight, compile=Compile.ON, merge_after_steps=0)
     with running_engine(tiny_model(kind), adapters, options, reports) as engine:
         compiled = graphs() - before
