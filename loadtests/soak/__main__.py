@@ -34,11 +34,12 @@ SETTINGS = {
     "log_format": "json",
     "max_running_requests": 32,
     "max_waiting_requests": 24,
+    "kv_cache_bytes": "48MiB",
     "merged_cache_bytes": "64MiB",
     **dict.fromkeys(("header_timeout_s", "body_timeout_s", "write_timeout_s", "keep_alive_s"), 600),
 }
-"""Fewer places than clients, so that the queue is full at times; a cache of merged weights that is soon full; and time enough
-for clients that share a busy machine with the server.
+"""Fewer places than clients, so that the queue is full at times; caches that are soon full, so that their filling is no leak;
+and time enough for clients that share a busy machine with the server.
 """
 
 
