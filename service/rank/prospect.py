@@ -62,7 +62,6 @@ class Prospect:
             NotReady: the model has seen too little.
         """
         self.sizes = sizes
-        self.mode = mode
         self.in_flight = book.in_flight
         self.decoding = min(book.decoding, sizes.max_running - 1)
         self.waiting_prompt_tokens = book.waiting_prompt_tokens

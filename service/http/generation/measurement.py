@@ -92,9 +92,9 @@ class Measurement:
     def _judge(self) -> None:
         decision = self.decision
         self._metrics.slo(decision.policy if decision else BASE_LABEL, "true" if self._is_good else "false")
-        # Who had the smallest rank all along could not have been sooner, and one that was named is not ours.
-        could = self.auto_rank.spared_s > self._late_s
-        if decision is not None and decision.ladder[0] > decision.ladder[TOP] and could:
+        # A rank that was named is not ours to learn from, nor a miss that smaller ranks could not have spared.
+        is_ours = decision is not None and decision.ladder[0] > decision.ladder[TOP]
+        if is_ours and self.auto_rank.spared_s > self._late_s:
             self.auto_rank.safety.observe(is_late=not self._is_good)
 
 
