@@ -256,7 +256,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path: Path) -
     class Poison(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, *_: object, **__: object) -> None:
             if state.global_step == 2:
-                next(nested_layers(model))[1].lora_a.data.fill_(math.nan)
+                for _path, layer in nested_layers(model):  # all: attention on some processors makes numbers of a NaN
+                    layer.lora_a.data.fill_(math.nan)
 
     prepare(model, CONFIG, 0)
     trainer = DyLoRATrainer(CONFIG, model, copying_pairs(), SETTINGS, tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.server_process import ServerProcess
+from loadtests.slo.plan import RunFile
 from tests.e2e.tiny_server import Client
 
 
@@ -46,16 +47,18 @@ def test_the_overhead_of_http() -> None:
     ]
 
 
-def test_the_slo_experiment_against_a_running_server(
-    server: ServerProcess, adapter_folders: tuple[Path, ...], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "loadtests.slo", "--url", server.url, "--template", str(adapter_folders[0])]
-    sizes = ["--adapters", "3", "--rank", "16", "--ranks", "16,4", "--rates", "10", "--seeds", "1", "--seconds", "2"]
-    more = ["--arrivals", "gamma", "--warm-up-s", "0", "--out", str(tmp_path)]
-    done = subprocess.run([*command, *sizes, *more], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["policy"] for line in lines[1:]] == ["fixed 16", "fixed 4", "auto", "oracle"]
-    assert all(line["counts_agree"] for line in lines[1:4])
-    assert len({line["requests"] for line in lines[1:]}) == 1
-    assert (tmp_path / "slo.svg").stat().st_size > 1000
+def test_the_slo_experiment_and_its_report(tmp_path: Path) -> None:
+    policies = ["fixed 16", "fixed 4", "elastic"]
+    scenario = ":".join(["gamma:10", *policies])
+    sizes = ["--adapters", "3", "--seeds", "1", "--seconds", "2", "--warm-up-s", "0", "--set", "latency_sweep_s=2"]
+    command = [sys.executable, "-m", "loadtests.slo", "--out", str(tmp_path), "--scenarios", scenario, *sizes]
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=110)
+    runs = RunFile(tmp_path / "runs.jsonl").lines()
+    assert [run["policy"] for run in runs] == policies
+    assert all(run["counts_agree"] for run in runs)
+    assert len({len(run["outcomes"]) for run in runs}) == 1
+
+    report = [sys.executable, "-m", "loadtests.slo.report", str(tmp_path)]
+    subprocess.run(report, capture_output=True, text=True, check=True, timeout=60)
+    assert all(policy in (tmp_path / "slo.md").read_text() for policy in [*policies, "oracle"])
+    assert (tmp_path / "frontier.svg").stat().st_size > 1000
