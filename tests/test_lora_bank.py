@@ -209,3 +209,18 @@ def test_the_bytes_of_a_merge_are_known_before_it_is_made() -> None:
     one = adapter(1)
     expected = merge(one, choice("a", one, 1), bank_of(toy).site).nbytes
     assert expected <= merged_nbytes(one, lambda path: Site(path, getattr(toy, path), site_kind(getattr(toy, path))))
+
+
+def test_a_module_that_runs_with_other_parameters_keeps_its_own_for_those_who_read_it_meanwhile() -> None:
+    class Watched(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append(site.weight)
+            return super().forward(input)
+
+    seen: list[Tensor] = []
+    watched = Watched(VOCAB, WIDTH)
+    site = Site("embed", watched, site_kind(watched))
+    other, ids = torch.zeros(VOCAB, WIDTH), torch.arange(3)
+    assert torch.equal(site.run(ids, {"weight": other}), other[:3])
+    assert seen == [watched.weight]
+    assert torch.equal(site.run(ids, {}), watched.weight[:3])
