@@ -45,7 +45,8 @@ def test_under_load_the_servers_counts_are_the_clients(client: Client, adapters:
         assert response.headers["x-slo-met"] == str(details["slo"]["met"]).lower()
         own[details["rank_policy"], response.headers["x-slo-met"]] += 1
         if wish["latency_slo_ms"] == 1e7 and wish.get("rank") != 2:
-            assert (details["rank"], details["rank_reason"], details["slo"]["met"]) == (16, "slo", True)
+            # At whichever rank: all pay one price, which those with 30 ms may have driven up.
+            assert (details["rank_reason"], details["slo"]["met"]) == ("slo", True)
     assert counted(client) - before == own
     assert own["latency", "refused"] >= 8
 
