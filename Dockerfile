@@ -77,7 +77,7 @@ RUN if [ "$COMPILER" = true ] || [ "$DEVICE" = cuda ]; then \
 COPY --from=build /opt/dylora /opt/dylora
 
 # All that is written goes to /data: the root file system may be read-only, and /tmp mounted noexec. The demo is open to
-# whoever reaches it; any other model is served with keys only (README, "Keys").
+# whoever reaches it; any other model is served with keys only (service/README.md).
 ENV PATH=/opt/dylora/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

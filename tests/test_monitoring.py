@@ -66,13 +66,13 @@ def test_containers_are_published_on_loopback_and_run_without_capabilities() -> 
             assert not source.startswith(".") or (DOCKER / source).is_dir()
 
 
-def test_image_and_compose_set_what_is_a_setting_and_readme_tells_of_the_rest() -> None:
+def test_image_and_compose_set_what_is_a_setting_and_the_page_tells_of_the_rest() -> None:
     dockerfile = (DOCKER.parent / "Dockerfile").read_text()
     environment = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["server"]["environment"]
     named = {*re.findall(r"\bDYLORA_\w+", dockerfile), *(name for name in environment if name.startswith("DYLORA_"))}
     assert named <= {variable(name) for name in Settings.model_fields}
-    readme = (DOCKER.parent / "README.md").read_text()
-    assert [name for name in re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE) if f"`{name}`" not in readme] == []
+    page = (DOCKER / "README.md").read_text()
+    assert [name for name in re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE) if f"`{name}`" not in page] == []
 
 
 @needs_promtool

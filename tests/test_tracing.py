@@ -17,6 +17,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from service.http.tracing import ENDPOINTS, Tracing
 from service.settings import SettingsError
+from tests.documents import SERVICE
 from tests.http_harness import Server, in_process
 from tests.test_cli import process
 
@@ -119,8 +120,7 @@ def test_a_request_is_told_with_its_phases(server: Server, tracing: Tracing, col
         "gen_ai.usage.output_tokens": 5,
         "gen_ai.response.finish_reasons": ["length"],
     }
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    assert [name for name in attributes(generate) if f"`{name}`" not in readme] == []
+    assert [name for name in attributes(generate) if f"`{name}`" not in SERVICE] == []
     phases = collector.children(generate)
     assert [phase.name for phase in phases] == ["queue", "prefill", "decode"]
     assert request.start_time_unix_nano <= generate.start_time_unix_nano <= phases[0].start_time_unix_nano

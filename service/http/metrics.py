@@ -1,4 +1,4 @@
-"""What Prometheus sees. Names and labels are part of the interface (README, "Metrics")."""
+"""What Prometheus sees. Names and labels are part of the interface (service/README.md)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from threading import Lock

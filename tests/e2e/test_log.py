@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 
 from loadtests.server_process import ServerProcess
+from tests.documents import SERVICE
 from tests.e2e.tiny_server import SMALL, Client, body
 from tests.http_keys import make_key, write_keys
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 SECRET = "sesame"
 """Said in every request. The log must not have it."""
 
@@ -55,7 +55,7 @@ def test_every_request_has_one_line_of_json_without_its_text(
     assert sorted(ids) == sorted([*(f"ask-{number}" for number in range(len(answers))), "upload"])
     assert {answer.status_code for answer in answers} == {200, 401, 404, 422}
     fields = {name for line in lines if line["message"] in ("request", "answered") for name in line}
-    assert [name for name in fields - {"time", "level", "message"} if f"`{name}`" not in README] == []
+    assert [name for name in fields - {"time", "level", "message"} if f"`{name}`" not in SERVICE] == []
     assert SECRET not in text
     assert answers[0].json()["generated_text"] not in text
     assert not [each.name for each in (key, stranger) if each.token in text or each.token[8:] in text]

@@ -1,4 +1,4 @@
-"""README is true: its commands run, and its tables say what the demo does."""
+"""README and the pages that it leads to are true: commands run, tables say what the demo does, nothing is missing."""
 
 import json
 import re
@@ -16,11 +16,11 @@ from adapters.demo import ARTIFACTS
 from loadtests.server_process import ServerProcess
 from service.keys import KeyEntry
 from service.settings import Settings, variable
+from tests.documents import EVERYTHING, LIBRARY, PAGES, README, ROOT, SERVICE
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CURL_BLOCKS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "curl" in block]
-LIBRARY_BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README.partition("## The library")[2].partition("\n## ")[0], re.DOTALL)
+CURL_BLOCKS = [block for block in re.findall(r"```sh\n(.*?)```", README + SERVICE, re.DOTALL) if "curl" in block]
+LIBRARY_BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", LIBRARY, re.DOTALL)
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text(encoding="utf-8"))]
 PROMPT = (
     "name[The Golden Palace], eatType[coffee shop], food[Chinese], priceRange[moderate], customer rating[3 out of 5],"
     " area[riverside]"
@@ -59,11 +59,11 @@ def test_every_route_is_documented(demo: ServerProcess) -> None:
     paths = httpx.get(f"{demo.url}/openapi.json").raise_for_status().json()["paths"]
     named = [re.sub(r"\\{\w+\\}", r"[\\w{}-]+", re.escape(path)) for path in paths]
     assert len(named) > 15
-    assert [path for path in named if not re.search(rf"{path}(?![\w/])", README)] == []
+    assert [path for path in named if not re.search(rf"{path}(?![\w/])", EVERYTHING)] == []
 
 
 def test_the_two_answers_are_what_the_demo_says(demo: ServerProcess) -> None:
-    assert len(CURL_BLOCKS) == 3
+    assert len(CURL_BLOCKS) == 5
     assert README.count(PROMPT) == 2
     for rank in (1, 16):
         parameters = {"adapter_id": "mr-to-text", "rank": rank, "max_new_tokens": 60}
@@ -86,28 +86,38 @@ def test_every_metric_is_documented(demo: ServerProcess) -> None:
     documented = re.sub(
         r"(\w+)\{([\w,]+)\}(_total)",  # README's short form of several names
         lambda names: " ".join(f"{names[1]}{each}{names[3]}" for each in names[2].split(",")),
-        README,
+        SERVICE,
     )
     missing = [name for name in families if name not in documented and not name.endswith("_created")]
     assert not missing
 
 
 def test_every_setting_is_documented() -> None:
-    assert [name for name in Settings.model_fields if f"`{name}`" not in README] == []
+    assert [name for name in Settings.model_fields if f"`{name}`" not in SERVICE] == []
 
 
-def test_settings_that_readme_names_exist() -> None:
-    limits = README[README.index("## Limits") : README.index("## Metrics")]
+def test_settings_that_the_pages_name_exist() -> None:
+    limits = SERVICE[SERVICE.index("## Limits") : SERVICE.index("## Metrics")]
     named = {word for word in re.findall(r"`([a-z_]+)`", limits) if "_" in word}
     assert len(named) > 10
     assert named <= set(Settings.model_fields)
     assert {"default_policy", "quality_tolerance", "budget_share", "metrics_max_adapters"} <= set(Settings.model_fields)
-    assert set(re.findall(r"\bDYLORA_[A-Z_]+", README)) <= {variable(name) for name in Settings.model_fields}
+    assert set(re.findall(r"\bDYLORA_[A-Z_]+", EVERYTHING)) <= {variable(name) for name in Settings.model_fields}
 
 
 def test_every_field_of_a_key_is_documented() -> None:
-    assert [name for name in KeyEntry.model_fields if f"`{name}`" not in README] == []
+    assert [name for name in KeyEntry.model_fields if f"`{name}`" not in SERVICE] == []
 
 
 def test_every_format_of_data_is_documented() -> None:
-    assert [name for name in FORMATS if f"`{name}`" not in README] == []
+    assert [name for name in FORMATS if f"`{name}`" not in LIBRARY] == []
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.parent.name} {link}" for page, link in LINKS])
+def test_a_link_leads_somewhere(page: Path, link: str) -> None:
+    path, _, anchor = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    assert target.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
