@@ -88,9 +88,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         lengths = [chunk.length for chunk in batch.chunks]
         assert sum(lengths) <= self.budget
         if not generating.isdisjoint(chunk.sequence for chunk in batch.chunks):
-            assert sum(chunk.length for chunk in batch.chunks if chunk.sequence not in generating) <= self.chunk + len(
-                generating
-            )
+            entering = min(len(self.live), self.max_running) - len(generating & {chunk.sequence for chunk in batch.chunks})
+            prompt_tokens = sum(chunk.length for chunk in batch.chunks if chunk.sequence not in generating)
+            assert prompt_tokens <= self.chunk * entering + len(generating)
         assert len({id(chunk.sequence) for chunk in batch.chunks}) == len(batch.chunks) <= self.max_running
         for chunk in batch.chunks:
             self.run(chunk)
@@ -184,6 +184,12 @@ def test_a_prompt_that_enters_takes_small_chunks_beside_others_and_large_ones_al
     run_step(scheduler)
     scheduler.add(sequence(25, 50))
     assert [[chunk.length for chunk in run_step(scheduler).chunks] for _ in range(4)] == [[1, 10], [1, 10], [1, 5], [1, 1]]
+    crowd = Scheduler(BlockPool(100, 4), max_running=4, max_batch_tokens=64, prefill_chunk_tokens=9)
+    crowd.add(sequence(2, 50))
+    run_step(crowd)
+    for number in range(1, 10):  # of different prompts: one that could share another's would wait for it
+        crowd.add(sequence(tuple(range(100 * number, 100 * number + 25)), 50))
+    assert [chunk.length for chunk in run_step(crowd).chunks] == [1, 25, 3], "three have a place"
     alone = Scheduler(BlockPool(100, 4), max_running=4, max_batch_tokens=64, prefill_chunk_tokens=9)
     alone.add(sequence(70, 50))
     assert [[chunk.length for chunk in run_step(alone).chunks] for _ in range(2)] == [[64], [6]]

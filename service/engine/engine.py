@@ -53,9 +53,9 @@ class EngineOptions:
         max_running: sequences that run side by side.
         max_waiting: requests that may queue behind them.
         max_batch_tokens: tokens of one step, decode rows and prefill chunks together.
-        prefill_chunk_tokens: prompt tokens of a step that also has decode rows, whose next tokens wait for them, and one
-            more for each of those. The default was chosen on a CPU with a Llama of 100M parameters in fp32 and 8 rows that
-            generate while 1,500 tokens enter: 16 tokens at a time made a step 1.4 times as long, in the median.
+        prefill_chunk_tokens: tokens of each prompt that enters, in a step that also has decode rows, whose next tokens wait
+            for them, and one more for each of those. The default was chosen on a CPU with a Llama of 100M parameters in fp32
+            and 8 rows that generate while 1,500 tokens enter: 16 at a time made a step 1.4 times as long, in the median.
         prefix_cache: reuse the keys and values of prompts that begin alike, at the same adapter and rank. Who can time
             answers can tell whether a prompt was asked before; tenants who must not know that of each other need it off.
         merge_after_steps: consecutive steps of one (adapter, rank) before its weights are merged.

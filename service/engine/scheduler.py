@@ -140,9 +140,11 @@ class Scheduler:
     """Continuous batching: every running sequence advances in every step; waiting ones are admitted fairly.
 
     A step holds a row of every sequence that generates, then prompt tokens up to what is left of the budget. While others
-    generate, they wait for the step's prompt tokens, so those are bounded once more: by `prefill_chunk_tokens`, and one more
-    for each row that generates. A step's time grows with its rows from a fixed part on, so this bounds the time of a step
-    with prompt tokens to a multiple of one without, and yet lets many prompts enter a large batch.
+    generate, they wait for the step's prompt tokens, so those are bounded once more: by `prefill_chunk_tokens` for each prompt
+    that enters, and one more for each row that generates. A step's time grows with its rows from a fixed part on, so this
+    bounds the time of a step beside which one prompt enters to a multiple of one without. Where many wait to enter, those who
+    generate wait longer, once: a burst that entered at the pace of one prompt would keep the batch small, and each of its own
+    tokens dear, for as many steps as it has prompts.
 
     Admission is by space for the whole prompt, so a prefill that has begun never stops for want of memory. Who is next is
     decided across adapters by the prompt tokens that each was given (see `FairQueue`). Nobody passes one for whom there is no
@@ -170,8 +172,8 @@ class Scheduler:
             pool: the blocks to give out.
             max_running: sequences that hold blocks at one time.
             max_batch_tokens: tokens of one step.
-            prefill_chunk_tokens: prompt tokens of a step that generates, and one more for each row that does; None: no
-                bound but `max_batch_tokens`.
+            prefill_chunk_tokens: of each prompt that enters, in a step that generates, and one more for each row that does;
+                None: no bound but `max_batch_tokens`.
             prefix_cache: start where an earlier sequence of the same adapter and rank has computed the same first blocks;
                 False: only where it is of the same group. Right for sliding windows as well, since the cache keeps every
                 position and a window only hides some.
@@ -213,7 +215,7 @@ class Scheduler:
         chunks = self._decodes()
         budget = self._max_batch_tokens - len(chunks)
         if chunks:
-            budget = min(budget, self._prefill_chunk_tokens + len(chunks))
+            budget = min(budget, self._prefill_chunk_tokens * self._entering() + len(chunks))
         for sequence in self._running:
             if sequence.pending > 1 and budget > 0:
                 chunks.append(self._prefill(sequence, budget))
@@ -260,6 +262,11 @@ class Scheduler:
             if sequence.pending == 1 and sequence in self._running and self._reserve(sequence):
                 chunks.append(Chunk(sequence, sequence.computed, 1))
         return chunks
+
+    def _entering(self) -> int:
+        """Prompts that are being read, or wait and have a place."""
+        reading = sum(sequence.pending > 1 for sequence in self._running)
+        return reading + min(self.waiting, self._max_running - len(self._running))
 
     def _prefill(self, sequence: Sequence, budget: int) -> Chunk:
         return Chunk(sequence, sequence.computed, min(sequence.pending, budget))

@@ -71,7 +71,8 @@ class Prospect:
         context = book.context_tokens + book.waiting_prompt_tokens
         self._chunk = sizes.max_batch_tokens - self.decoding
         if self.decoding:
-            self._chunk = min(self._chunk, sizes.prefill_chunk_tokens + self.decoding)
+            entering = min(self.in_flight + 1, sizes.max_running) - self.decoding
+            self._chunk = min(self._chunk, sizes.prefill_chunk_tokens * entering + self.decoding)
         chunk = self._chunk if self.decoding else min(self._chunk, max(1, book.waiting_prompt_tokens + prompt_tokens))
 
         def step(decode_rows: int, tokens: int) -> StepTime:
