@@ -193,6 +193,14 @@ static struct products products_of(long rows, long in, const struct part *parts,
 /* Floats of memory that they need. */
 static size_t room_of(const struct products *p) { return (size_t)(p->is_turned ? p->rows * p->in : 0) + p->count * p->low_size; }
 
+static inline long shares(long a, long b) { return (a + b - 1) / b; }
+
+/* Panels that a thread takes at a time: as many for each thread, whole tiles, about CHUNK. */
+static long chunk_of(long panels, long threads) {
+    long tiles = shares(shares(panels, PANELS), threads);
+    return shares(tiles, shares(tiles * PANELS, CHUNK)) * PANELS;
+}
+
 /* y = add + bias + x w^T + (scale * x A^T) B for each part; x [rows, in]. To be called by every thread of a parallel region,
    whose other threads may still compute when it returns. */
 static void multiply_all(const struct products *p, const float *x) {
@@ -205,8 +213,7 @@ static void multiply_all(const struct products *p, const float *x) {
     const float *read = p->is_turned ? p->turned : x;
     for (long i = 0; i < p->count; i++) {
         const struct part *part = p->parts + i;
-        long panels = part->out / PANEL, each = (panels / PANELS + omp_get_num_threads() - 1) / omp_get_num_threads() * PANELS;
-        long chunk = at_most(CHUNK, each > PANELS ? each : PANELS);
+        long panels = part->out / PANEL, chunk = chunk_of(panels, omp_get_num_threads());
 #pragma omp for schedule(static) nowait
         for (long first = 0; first < panels; first += chunk) {
             long end = at_most(first + chunk, panels);
