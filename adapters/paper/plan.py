@@ -24,7 +24,7 @@ class Base(StrEnum):
     CAUSAL = "causal"
     """Our Llama of 11 million; `adapters.paper.bases`."""
     ENCODER = "encoder"
-    """Our masked-LM encoder; `adapters.paper.bases`."""
+    """MiniLM, trained further by masked LM; `adapters.paper.bases`."""
 
 
 @dataclass(frozen=True)
@@ -102,29 +102,34 @@ def _webnlg(base: Base, settings: TrainSettings, max_tokens: int, max_new_tokens
     )
 
 
-def _glue(name: str, folder: str, metric: str, steps: int, max_tokens: int = 64, learning_rate: float = 4e-3) -> Task:
+def _glue(name: str, folder: str, metric: str, settings: TrainSettings, max_tokens: int = 64) -> Task:
     return Task(
         name=name,
         base=Base.ENCODER,
         data=name,
         train=f"glue/{folder}/train.tsv",
         dev=f"glue/{folder}/dev.tsv",
-        settings=_settings(steps, 32, learning_rate, warmup=0.1),
+        settings=settings,
         metric=metric,
         max_tokens=max_tokens,
         targets=("query", "value"),
     )
 
 
+_STORIES = _settings(400, 16, 5e-3)
+# The larger bases compute in bfloat16, which is four times as fast where the processor has it (AVX512_BF16, AMX).
+_ENCODER = replace(_settings(200, 32, 2e-3, warmup=0.1), bf16=True)
+_CAUSAL = replace(_settings(100, 16, 2e-3, warmup=0.1), bf16=True)
+
 TASKS: tuple[Task, ...] = (
-    _e2e(Base.STORIES, _settings(400, 16, 5e-3), max_tokens=384, max_new_tokens=160),
-    _glue("sst2", "SST-2", "accuracy", steps=300, learning_rate=1e-3),
-    _glue("cola", "CoLA", "Matthews correlation", steps=200),
-    _glue("mrpc", "MRPC", "accuracy", steps=120),
-    _glue("rte", "RTE", "accuracy", steps=100, max_tokens=96),
-    _webnlg(Base.STORIES, _settings(240, 8, 5e-3), max_tokens=384, max_new_tokens=160),
-    _e2e(Base.CAUSAL, _settings(300, 16, 2e-3), max_tokens=384, max_new_tokens=80),
-    _webnlg(Base.CAUSAL, _settings(300, 16, 2e-3), max_tokens=384, max_new_tokens=120),
+    _e2e(Base.STORIES, _STORIES, max_tokens=384, max_new_tokens=160),
+    _glue("sst2", "SST-2", "accuracy", _ENCODER),
+    _glue("cola", "CoLA", "Matthews correlation", _ENCODER),
+    _glue("mrpc", "MRPC", "accuracy", replace(_ENCODER, per_device_train_batch_size=16)),
+    _glue("rte", "RTE", "accuracy", replace(_ENCODER, per_device_train_batch_size=16), max_tokens=96),
+    _webnlg(Base.STORIES, replace(_STORIES, max_steps=240, per_device_train_batch_size=8), max_tokens=384, max_new_tokens=160),
+    _e2e(Base.CAUSAL, _CAUSAL, max_tokens=384, max_new_tokens=80),
+    _webnlg(Base.CAUSAL, _CAUSAL, max_tokens=384, max_new_tokens=120),
 )
 """In the order in which they are run: each is complete before the next begins."""
 

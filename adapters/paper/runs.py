@@ -78,6 +78,8 @@ def execute(run: Run, folders: Folders) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         trained = train(run, model, data.rows, Path(scratch))
     model = load_base(run.task, folders)  # training has wrapped the layers of the other one
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.settings.bf16):
+        metrics = measure_variants(run, model, trained.adapter, data)
     return Result(
         name=run.name,
         task=run.task.name,
@@ -85,7 +87,7 @@ def execute(run: Run, folders: Folders) -> Result:
         rank=run.rank,
         seed=run.seed,
         described=run.described(),
-        metrics=measure_variants(run, model, trained.adapter, data),
+        metrics=metrics,
         seconds=round(trained.seconds, 2),
         cpu_seconds=round(trained.cpu_seconds, 2),
         steps=run.settings.max_steps or 0,
@@ -142,7 +144,8 @@ def measure_variants(run: Run, model: PreTrainedModel, adapter: Adapter, data: T
     in_svd_order = measured(model, adapter, data, RANKS)
     uncut = {metric: {R_MAX: by_rank[R_MAX]} for metric, by_rank in in_svd_order.items()}
     as_trained = replace(adapter, config=replace(adapter.config, kind=AdapterKind.RENESTED, ranks=()))
-    first_columns = measured(model, as_trained, data, RANKS)
+    cut = measured(model, as_trained, data, RANKS[:-1])
+    first_columns = {metric: by_rank | uncut[metric] for metric, by_rank in cut.items()}
     return {TRAINED: uncut, SVD_ORDER: in_svd_order, FIRST_COLUMNS: first_columns, BASE: without_adapter(model, data)}
 
 
