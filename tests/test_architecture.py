@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("settings", "service", "keys settings version log"),
     ("choice", "service.rank", "latency_model ladder load prospect safety latency_policy auto_rank quality_curve rank_policy"),
     ("bookkeeping", "service.engine", "prefix_hash blocks fair_queue scheduler step_costs"),
-    ("kernels", "service.engine.native", "build prebuilt kernels"),
+    ("kernels", "service.engine.native", "build prebuilt kernels block"),
     ("kernels for GPUs", "service.engine.cuda", "products device_ints lora_kernels lora_product attention_kernels"),
     ("tensors", "service.engine", "operators attention kv_cache sites adapted mixed lora merged merge_worker model"),
     ("blocks", "service.engine", "native_blocks compiled"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from service.core import Compile
+from service.core import AdapterChoice, Compile, GenerationRequest, SamplingParams
 from service.engine.compiled import blocks_of
 from service.engine.engine import EngineOptions
 from service.engine.kv_cache import KVCache
@@ -63,10 +63,9 @@ def test_blocks_of_llamas_kind_give_transformers_own_logits(
 ) -> None:
     assert found is not None
     loaded, runner, reference = packed(model_of(kind, **fields), found)
-    blocks = list(blocks_of(loaded).values())
-    for block in blocks:
+    for block in blocks_of(loaded).values():
         monkeypatch.setattr(block.self_attn, "forward", None)  # must not be called
-    assert use_native_blocks(loaded, blocks, found, partial(reference.check, loaded, runner, block_tokens=16))
+    assert use_native_blocks(loaded, found, partial(reference.check, loaded, runner, block_tokens=16))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_blocks_of_llamas_kind_give_transformers_own_logits(
 def test_other_blocks_are_left_alone(kind: str, fields: dict[str, Any]) -> None:
     assert found is not None
     loaded, runner, reference = packed(model_of(kind, **fields), found)
-    assert not use_native_blocks(loaded, blocks_of(loaded).values(), found, lambda: None)
+    assert not use_native_blocks(loaded, found, lambda: None)
     reference.check(loaded, runner, block_tokens=16)
 
 
@@ -87,7 +86,7 @@ def test_a_block_that_somebody_changed_keeps_what_it_was_changed_to() -> None:
     mlp.forward = lambda x: 2 * own(x)
     loaded, runner, reference = packed(model, found)
     check = partial(reference.check, loaded, runner, block_tokens=16)
-    assert not use_native_blocks(loaded, blocks_of(loaded).values(), found, check)
+    assert not use_native_blocks(loaded, found, check)
     check()
 
 
@@ -104,3 +103,17 @@ def test_tokens_are_those_without_kernels_when_prompts_share_prefixes_and_blocks
         before = engine.stats().prefix.reused_tokens
         assert [client.tokens for client in generate(engine, requests)] == plain
         assert engine.stats().prefix.reused_tokens > before
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_tokens_are_those_without_kernels_when_a_prompt_is_too_long_for_their_attention(kind: str) -> None:
+    adapters = {"v": random_dylora(kind, tiny_model(kind), seed=0)}
+    choices = [None, AdapterChoice("v", 3, adapters["v"].config.scale(3))]
+    prompts = [tuple(at * (7 + number) % (VOCAB - 1) for at in range(120)) for number in range(4)]
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    requests = [GenerationRequest(f"{number}", prompt, sampling, choices[number % 2]) for number, prompt in enumerate(prompts)]
+    found: list[list[list[int]]] = []
+    for options in (EngineOptions(compile=Compile.OFF), EngineOptions(), EngineOptions(max_batch_tokens=64)):
+        with running_engine(tiny_model(kind), adapters, options) as engine:
+            found.append([client.tokens for client in generate(engine, requests)])
+    assert found[0] == found[1] == found[2]

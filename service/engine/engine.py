@@ -118,7 +118,7 @@ class Engine:
         reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
         check = partial(reference.check, loaded, self._runner, block_tokens=options.kv_block_tokens)
         found = backend.kernels if options.compile is Compile.AUTO else None
-        if found is not None and use_native_blocks(loaded, blocks_of(loaded).values(), found, check):
+        if found is not None and use_native_blocks(loaded, found, check):
             log.info("%s runs block by block in the kernels", type(loaded.model).__name__)
         elif wants_compilation(options.compile, loaded):
             self._bank.adapt_linear(blocks_of(loaded))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.attention import AttentionCall, Queries
-from service.engine.native.kernels import LANES, Kernels
+from service.engine.native.kernels import LANES, Kernels, Seen
 
 _SHORT_CONTEXT_TOKENS = 256
 _SMALL_CHUNK = 4096
@@ -178,9 +178,20 @@ class PagedAttention:
         """Whether `attend_written` may be called."""
         return self._kernels is not None
 
-    def places(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """The slots where the rows' own keys and values go, [rows], and the keys and values of a layer."""
-        return self._write_slots, *self._layers[module]
+    @property
+    def slots(self) -> Tensor:
+        """Where the rows' own keys and values go, [rows]."""
+        return self._write_slots
+
+    @property
+    def layers(self) -> Mapping[nn.Module, tuple[Tensor, Tensor]]:
+        """Each layer's keys and values."""
+        return self._layers
+
+    @property
+    def seen(self) -> Seen | None:
+        """What each row sees, if the kernels attend to all of them."""
+        return None if self._prefills or self._kernels is None else self._decodes_see
 
     def attend_written(self, module: nn.Module, call: Queries) -> Tensor:
         """As `attend`, once the rows' own keys and values are in their places."""
@@ -192,18 +203,17 @@ class PagedAttention:
         heads, rows, _ = query.shape
         out = query.new_empty(rows, heads, values.shape[-1])
         if self._decodes:
-            ends, tables = self._decode_tables
-            seen = {"rows": self._decode_rows, "ends": ends, "tables": tables}
-            kernels.attend(query, keys, values, out, **seen, window=call.window, scale=call.scale, softcap=call.softcap)
+            seen = self._decodes_see
+            kernels.attend(query, keys, values, out, seen, window=call.window, scale=call.scale, softcap=call.softcap)
         self._prefill(out, keys, values, call)
         return out
 
     @cached_property
-    def _decode_tables(self) -> tuple[Tensor, Tensor]:
-        """Of each decode row the number of positions that it sees, [decodes], and its blocks, [decodes, most blocks]."""
+    def _decodes_see(self) -> Seen:
         used = [-(-span.end // self._block_tokens) for span in self._decodes]
         tables = [[*span.blocks[:count], *[0] * (max(used) - count)] for span, count in zip(self._decodes, used, strict=True)]
-        return torch.tensor([span.end for span in self._decodes]), torch.tensor(tables)
+        self._tables = torch.tensor([span.end for span in self._decodes]), torch.tensor(tables)
+        return Seen.of(self._decode_rows, *self._tables, self._block_tokens)
 
     def _prefill(self, out: Tensor, keys: Tensor, values: Tensor, call: AttentionCall | Queries) -> None:
         """Attention of the prefill chunks, written to their rows of `out` [rows, heads, value_dim]."""

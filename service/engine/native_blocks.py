@@ -1,4 +1,5 @@
-"""Blocks of Llama's kind, computed by two calls of the kernels and the attention between them.
+"""Decoders of Llama's kind, whose blocks the kernels compute: all of a step in one call, or, where a long chunk of a prompt is
+among its rows, each block in two, with torch's attention between them.
 
 Left to torch, operators and graphs took a quarter of a step of 8 rows and a third of a step of one: interpreting, guards,
 dispatch, and a parallel region for each. What is recognised is code of transformers that has been read, by its classes, with
@@ -6,15 +7,16 @@ sizes and parts checked; everything else, and steps with adapters that replace p
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from service.engine.adapted import AdaptedModule, LoraStep, current_step
 from service.engine.attention import Queries, current_attention
@@ -22,112 +24,127 @@ from service.engine.kv_cache import LayerShape, PagedAttention
 from service.engine.merged import MergedWeights
 from service.engine.mixed import MixedStep
 from service.engine.model import LoadedModel
-from service.engine.native.kernels import PANEL, Block, BlockShape, Kernels
+from service.engine.native.block import Block, Blocks, BlockShape, BlockStep
+from service.engine.native.kernels import PANEL, Kernels
 from service.errors import ModelRefused
 
 log = logging.getLogger(__name__)
 
-_KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+_KINDS = {
+    LlamaModel: LlamaDecoderLayer,
+    MistralModel: MistralDecoderLayer,
+    Qwen2Model: Qwen2DecoderLayer,
+    Qwen3Model: Qwen3DecoderLayer,
+}
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
+_Caches = Mapping[nn.Module, tuple[Tensor, Tensor]]
 
-def use_native_blocks(loaded: LoadedModel, blocks: Iterable[Any], kernels: Kernels, check: Callable[[], None]) -> bool:
+
+def use_native_blocks(loaded: LoadedModel, kernels: Kernels, check: Callable[[], None]) -> bool:
     """Let the kernels compute the blocks, once their weights are packed; False, and nothing is changed, if they can't.
 
     Args:
         check: raises ModelRefused if the model gives other logits than its own code: a class says nothing of what somebody has
             put into an object.
     """
-    blocks = list(blocks)
-    if not blocks or not all(_is_known(block) for block in blocks):
+    decoder = loaded.model.base_model
+    kind = _KINDS.get(type(decoder))
+    if kind is None or not all(type(block) is kind and _is_known(block) for block in decoder.layers):
         return False
-    rotary = _Rotary()
-    for block in blocks:
-        block.forward = NativeBlock(block, loaded.layers[block.self_attn], kernels, rotary)
+    decoder.forward = NativeDecoder(decoder, loaded.layers, kernels)
     try:
         check()
     except ModelRefused as refused:
         log.warning("the kernels do not compute this model's blocks, which run by torch: %s", refused)
-        for block in blocks:
-            del block.forward
+        del decoder.forward
         return False
     return True
 
 
-class _Rotary:
-    """Cosines and sines of a step, which every block is given, as the kernels read them."""
+class NativeDecoder:
+    """Stands for the `forward` of a decoder."""
 
-    def __init__(self) -> None:
-        self._given: tuple[Tensor, Tensor] | None = None
-        self._read: tuple[Tensor, Tensor]
-
-    def of(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[rows, dim] each, from [1, rows, dim]."""
-        if self._given is not given:
-            self._given, self._read = given, (given[0][0].contiguous(), given[1][0].contiguous())
-        return self._read
-
-
-class NativeBlock:
-    """Stands for the `forward` of a block."""
-
-    def __init__(self, block: Any, shape: LayerShape, kernels: Kernels, rotary: _Rotary) -> None:
-        attention, mlp = block.self_attn, block.mlp
+    def __init__(self, decoder: Any, layers: Mapping[nn.Module, LayerShape], kernels: Kernels) -> None:
+        self._decoder = decoder
         self._kernels = kernels
-        self._rotary = rotary
-        self._own_forward = block.forward
-        self._attention = attention
-        self._window = shape.window
-        self._linears = _linears(block)
-        self._norms = [
-            block.input_layernorm.weight,
-            block.post_attention_layernorm.weight,
-            *(norm.weight if (norm := getattr(attention, name, None)) is not None else None for name in ("q_norm", "k_norm")),
-        ]
-        self._shape = BlockShape(
-            hidden=attention.q_proj.site.in_features,
-            inner=mlp.gate_proj.site.out_features,
-            heads=attention.q_proj.site.out_features // shape.head_dim,
-            kv_heads=shape.kv_heads,
-            dim=shape.head_dim,
-            epsilon=block.input_layernorm.variance_epsilon,
-        )
-        self._layout = -1
-        self._base: Block
-        self._merged: WeakKeyDictionary[MergedWeights, Block] = WeakKeyDictionary()
+        self._own_forward = decoder.forward
+        self._attentions = [block.self_attn for block in decoder.layers]
+        self._shapes = [_shape(block, layers[block.self_attn]) for block in decoder.layers]
+        self._linears = [_linears(block) for block in decoder.layers]
+        self._norms = [_norms(block) for block in decoder.layers]
+        self._norm = decoder.norm.weight
+        self._laid_out: tuple[int, _Caches | None] = (-1, None)
+        self._base: Blocks
+        self._merged: WeakKeyDictionary[MergedWeights, Blocks] = WeakKeyDictionary()
 
-    def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **others: Any) -> Tensor:
-        """The block's output, [1, rows, hidden]."""
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, **others: Any) -> BaseModelOutputWithPast:
+        """The last hidden states, [1, rows, hidden]."""
         step, attention = current_step(), current_attention()
-        block, x = self._block(step), hidden_states[0].contiguous()
-        if block is None or not isinstance(attention, PagedAttention) or not attention.is_native:
-            out: Tensor = self._own_forward(hidden_states, position_embeddings=position_embeddings, **others)
-            return out
-        rows = step.rows(x.shape[0]) if isinstance(step, MixedStep) else None
-        query = block.before_attention(x, *self._rotary.of(position_embeddings), rows, *attention.places(self._attention))
-        queries = Queries(query.transpose(0, 1), self._attention.scaling, self._window)
-        return block.after_attention(x, attention.attend_written(self._attention, queries), rows)[None]
+        native = attention if isinstance(attention, PagedAttention) and attention.is_native else None
+        blocks = None if native is None else self._blocks(step, native.layers)
+        if native is None or blocks is None:
+            own: BaseModelOutputWithPast = self._own_forward(input_ids=input_ids, position_ids=position_ids, **others)
+            return own
+        embedded = self._decoder.embed_tokens(input_ids)
+        cos, sin = (each[0].contiguous() for each in self._decoder.rotary_emb(embedded, position_ids))
+        x = embedded[0].contiguous()
+        rows = step.rows(len(x)) if isinstance(step, MixedStep) else None
+        common = BlockStep(cos, sin, rows, native.slots)
+        if native.seen is not None:
+            blocks.run(x, common, native.seen)
+            return BaseModelOutputWithPast(last_hidden_state=x[None])
+        for block, module, shape in zip(blocks.each, self._attentions, self._shapes, strict=True):
+            query = block.before_attention(x, common).transpose(0, 1)
+            attended = native.attend_written(module, Queries(query, shape.scale, shape.window))
+            x = block.after_attention(x, attended, common)
+        return BaseModelOutputWithPast(last_hidden_state=self._decoder.norm(x[None]))
 
-    def _block(self, step: LoraStep | None) -> Block | None:
-        """The block with the weights that the step runs with; None if the step asks for more than low-rank updates."""
-        if isinstance(step, MergedWeights) and step.is_plain:
-            if step not in self._merged:
-                own = [step.parameters.get(linear.site.path, {}).get("weight") for linear in self._linears]
-                self._merged[step] = self._lay_out(own)
-            return self._merged[step]
-        if step is not None and not (isinstance(step, MixedStep) and step.is_plain):
+    def _blocks(self, step: LoraStep | None, caches: _Caches) -> Blocks | None:
+        """Those with the weights that the step runs with; None if it asks for more than low-rank updates."""
+        if step is not None and not (isinstance(step, MixedStep | MergedWeights) and step.is_plain):
             return None
-        layout = sum(linear.layout for linear in self._linears)
-        if layout != self._layout:
-            self._layout, self._base = layout, self._lay_out([None] * len(self._linears))
-        return self._base
+        layout = sum(linear.layout for linears in self._linears for linear in linears)
+        if self._laid_out[0] != layout or self._laid_out[1] is not caches:
+            self._laid_out = layout, caches
+            self._base = self._lay_out(caches, {})
+            self._merged.clear()
+        if not isinstance(step, MergedWeights):
+            return self._base
+        if step not in self._merged:
+            self._merged[step] = self._lay_out(caches, step.parameters)
+        return self._merged[step]
 
-    def _lay_out(self, weights: Sequence[Tensor | None]) -> Block:
-        """`weights` in the place of the base's own where there are any."""
-        terms = [linear.term for linear in self._linears]
-        terms = [term if weight is None else term._replace(weight=weight) for term, weight in zip(terms, weights, strict=True)]
-        return self._kernels.block(self._shape, self._norms, terms)
+    def _lay_out(self, caches: _Caches, merged: Mapping[str, Mapping[str, Tensor]]) -> Blocks:
+        """With merged weights in the place of the base's own where there are any."""
+        blocks = []
+        for attention, shape, linears, norms in zip(self._attentions, self._shapes, self._linears, self._norms, strict=True):
+            own = [(linear.term, merged.get(linear.site.path, {}).get("weight")) for linear in linears]
+            terms = [term if weight is None else term._replace(weight=weight) for term, weight in own]
+            blocks.append(Block(self._kernels, shape, norms, terms, caches[attention]))
+        return Blocks(self._kernels, blocks, self._norm)
+
+
+def _shape(block: Any, layer: LayerShape) -> BlockShape:
+    attention = block.self_attn
+    return BlockShape(
+        hidden=attention.q_proj.site.in_features,
+        inner=block.mlp.gate_proj.site.out_features,
+        heads=attention.q_proj.site.out_features // layer.head_dim,
+        kv_heads=layer.kv_heads,
+        dim=layer.head_dim,
+        window=layer.window,
+        scale=attention.scaling,
+        epsilon=block.input_layernorm.variance_epsilon,
+    )
+
+
+def _norms(block: Any) -> list[Tensor | None]:
+    """Weights of the norms of the input, of the attention's output, and of heads where those have norms."""
+    of_heads = [getattr(block.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    own = [block.input_layernorm, block.post_attention_layernorm, *of_heads]
+    return [None if norm is None else norm.weight for norm in own]
 
 
 def _linears(block: Any) -> list[AdaptedModule]:
@@ -137,7 +154,7 @@ def _linears(block: Any) -> list[AdaptedModule]:
 
 def _is_known(block: Any) -> bool:
     """Whether a block computes what the kernels compute."""
-    if type(block) not in _KINDS or not isinstance(getattr(block.mlp, "act_fn", None), nn.Module):
+    if not isinstance(getattr(block.mlp, "act_fn", None), nn.Module):
         return False
     linears = _linears(block)
     if not all(isinstance(linear, AdaptedModule) and linear.site.kernels is not None for linear in linears):

@@ -3,7 +3,10 @@
    Keys and values stand in a cache of slots [slots, kv_heads, dim], cut into blocks of `block_tokens`. */
 
 #define LANES 8 /* heads are as narrow as 8 */
+#include "attention.h"
 #include "vectors.h"
+
+#define LINE 16 /* floats that come from memory together */
 
 void dylora_write_cache(const float *key, long key_row, long key_head, const float *value, long value_row, long value_head,
                         const long *slots, long rows, long kv_heads, long dim, long value_dim, float *keys, float *values) {
@@ -84,42 +87,44 @@ static void softmax(float *values, long length) {
     for (long i = 0; i < length; i++) values[i] *= share;
 }
 
-/* Rows that each see `ends[row]` positions of their own sequence, or the last `window` of them (0: all).
-
-   query: row i, head h at query + query_rows[i] * query_row + h * query_head; out [.., heads, value_dim] at the same rows.
-   tables [rows, table_width]: the blocks of each row's sequence. */
-void dylora_attend(const float *query, long query_row, long query_head, const float *keys, const float *values, float *out,
-                   long rows, const long *query_rows, const long *ends, const long *tables, long table_width, long heads,
-                   long kv_heads, long dim, long value_dim, long block_tokens, long window, float scale, float softcap,
-                   int threads) {
-    long group = heads / kv_heads, longest = 0;
-    for (long row = 0; row < rows; row++) longest = ends[row] > longest ? ends[row] : longest;
-    long stride = (longest + LANES) / LANES * LANES;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
-    for (long item = 0; item < rows * kv_heads; item++) {
-        long row = item / kv_heads, head = item % kv_heads;
-        long begin = window && ends[row] > window ? ends[row] - window : 0, length = ends[row] - begin;
+void dylora_attend_together(const struct attention *a) {
+    const struct seen *seen = &a->seen;
+    long group = a->heads / a->kv_heads, longest = 0, items = seen->rows * a->kv_heads;
+    for (long row = 0; row < seen->rows; row++) longest = seen->ends[row] > longest ? seen->ends[row] : longest;
+    long stride = (longest + LANES) / LANES * LANES, at_once = items < 64 ? 1 : 4;
+#pragma omp for schedule(dynamic, at_once) nowait
+    for (long item = 0; item < items; item++) {
+        long row = item / a->kv_heads, head = item % a->kv_heads, own = seen->query_rows[row], end = seen->ends[row];
+        long begin = a->window && end > a->window ? end - a->window : 0, length = end - begin;
         float *weights = scratch((size_t)stride * (QUERIES + 2));
         const float **value = (const float **)(weights + stride * QUERIES);
         for (long first = 0; first < group; first += QUERIES) {
             long count = at_most(QUERIES, group - first), q_head = head * group + first;
-            const float *q = query + query_rows[row] * query_row + q_head * query_head;
+            const float *q = a->query + own * a->query_row + q_head * a->query_head;
             /* Counted along: a division for each position would cost half as much as all else of it. */
-            long block = begin / block_tokens, inside = begin % block_tokens;
+            long block = begin / seen->block_tokens, inside = begin % seen->block_tokens;
             for (long at = 0; at < length; at++, inside++) {
-                if (inside == block_tokens) block++, inside = 0;
-                long slot = tables[row * table_width + block] * block_tokens + inside;
-                value[at] = values + (slot * kv_heads + head) * value_dim;
-                scores_of[count](q, query_head, keys + (slot * kv_heads + head) * dim, dim, weights + at, stride);
+                if (inside == seen->block_tokens) block++, inside = 0;
+                long slot = seen->tables[row * seen->table_width + block] * seen->block_tokens + inside;
+                const float *key = a->keys + (slot * a->kv_heads + head) * a->dim;
+                value[at] = a->values + (slot * a->kv_heads + head) * a->value_dim;
+                /* From memory, as each step reads what no cache holds; the values while there is work left to do. */
+                for (long d = 0; d < a->value_dim; d += LINE) __builtin_prefetch(value[at] + d);
+                scores_of[count](q, a->query_head, key, a->dim, weights + at, stride);
             }
             for (long g = 0; g < count; g++) {
-                float *own = weights + g * stride;
+                float *scores = weights + g * stride;
                 for (long at = 0; at < length; at++)
-                    own[at] = softcap ? softcap * tanhf(own[at] * (scale / softcap)) : own[at] * scale;
-                softmax(own, length);
+                    scores[at] = a->softcap ? a->softcap * tanhf(scores[at] * (a->scale / a->softcap)) : scores[at] * a->scale;
+                softmax(scores, length);
             }
-            float *to = out + (query_rows[row] * heads + q_head) * value_dim;
-            blend_of[count](weights, stride, value, length, value_dim, to, value_dim);
+            float *to = a->out + (own * a->heads + q_head) * a->value_dim;
+            blend_of[count](weights, stride, value, length, a->value_dim, to, a->value_dim);
         }
     }
+}
+
+void dylora_attend(const struct attention *a, int threads) {
+#pragma omp parallel num_threads(threads)
+    dylora_attend_together(a);
 }

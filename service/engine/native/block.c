@@ -1,15 +1,20 @@
-/* A block of Llama's kind, but for its attention:
+/* Blocks of Llama's kind:
 
      query, key, value = rope(norm(x) W)      before attention
      x += attention W                         after it
      x += (silu(norm(x) W_gate) * (norm(x) W_up)) W_down
 
-   One parallel region each: left to a compiler of graphs, what stands between the products took a fifth to a third of a step. */
+   All of a step in one parallel region, or, where torch computes the attention, one before it and one after it: left to a
+   compiler of graphs, what stands between the products took a fifth to a third of a step. */
 
+#include "attention.h"
 #include "products.h"
 
 struct block {
     long hidden, inner, heads, kv_heads, dim;
+    float *keys, *values;       /* of its part of the cache, [slots, kv_heads, dim] */
+    long window;                /* positions that a row sees, its own included; 0: all */
+    double scale, epsilon;      /* of scores, and of norms */
     const float *norms[4];      /* of the input, of the attention's output, of a query head and of a key head or 0 */
     const struct part *inputs;  /* query, key, value */
     const struct part *output;
@@ -45,66 +50,113 @@ static void open_gates(float *gate, const float *up, long length) {
     }
 }
 
-/* x [rows, hidden] to query [rows, heads, dim]; keys and values go to `slots` of the layer's cache [slots, kv_heads, dim].
-   cos, sin [rows, dim]. */
-void dylora_before_attention(const struct block *b, const float *x, long rows, const float *cos, const float *sin, float epsilon,
-                             const struct lora *lora, const long *slots, float *query, float *keys, float *values, int threads) {
+/* What a step's blocks have in common. */
+struct step {
+    long rows;
+    const float *cos, *sin; /* [rows, dim] */
+    const struct lora *lora;
+    const long *slots; /* [rows], where keys and values go */
+};
+
+/* Memory of one block, which the next overwrites. */
+struct room {
+    float *normed, *key, *value, *query, *attended, *gate, *up, *products;
+};
+
+static long most_of(long a, long b) { return a > b ? a : b; }
+
+/* Room for a block's work; `query` and `attended` only if they are not given. */
+static struct room room_for(const struct block *b, const struct step *s, int has_own_attention) {
+    long width = b->kv_heads * b->dim, heads = has_own_attention ? b->heads * b->dim : 0;
+    struct part none[3] = {b->inputs[0], b->inputs[1], b->inputs[2]};
+    long in = most_of(most_of(b->hidden, b->inner), b->heads * b->dim);
+    struct products largest = products_of(s->rows, in, none, 3, s->lora);
+    long lengths[] = {b->hidden, width, width, heads, heads, b->inner, b->inner}, total = 0;
+    for (int i = 0; i < 7; i++) total += s->rows * lengths[i];
+    float *at = scratch(total + room_of(&largest));
+    struct room room;
+    float **places[] = {&room.normed, &room.key, &room.value, &room.query, &room.attended, &room.gate, &room.up};
+    for (int i = 0; i < 7; i++) *places[i] = at, at += s->rows * lengths[i];
+    room.products = at;
+    return room;
+}
+
+static void multiply_in(const struct room *room, const struct step *s, const float *x, long in, const struct part *parts, long count) {
+    struct products p = products_of(s->rows, in, parts, count, s->lora);
+    p.turned = room->products;
+    p.low = p.turned + (p.is_turned ? s->rows * in : 0);
+    multiply_all(&p, x);
+}
+
+static void normalise_all(const struct block *b, const struct step *s, const float *x, const float *weight, float *to) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < s->rows; row++)
+        normalise(x + row * b->hidden, weight, b->hidden, b->epsilon, to + row * b->hidden);
+}
+
+/* x [rows, hidden] to query [rows, heads, dim]; keys and values go to the cache. By every thread, as what follows. */
+static void before_attention(const struct block *b, const struct step *s, const struct room *room, const float *x, float *query) {
     long width = b->kv_heads * b->dim;
     struct part parts[3] = {b->inputs[0], b->inputs[1], b->inputs[2]};
-    struct products p = products_of(rows, b->hidden, parts, 3, lora);
-    float *normed = scratch(room_of(&p) + rows * (b->hidden + 2 * width)), *key = normed + rows * b->hidden;
-    float *value = key + rows * width;
-    p.turned = value + rows * width;
-    p.low = p.turned + (p.is_turned ? rows * b->hidden : 0);
-    parts[0].y = query, parts[1].y = key, parts[2].y = value;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (long row = 0; row < rows; row++)
-            normalise(x + row * b->hidden, b->norms[0], b->hidden, epsilon, normed + row * b->hidden);
-        multiply_all(&p, normed);
+    parts[0].y = query, parts[1].y = room->key, parts[2].y = room->value;
+    normalise_all(b, s, x, b->norms[0], room->normed);
+    multiply_in(room, s, room->normed, b->hidden, parts, 3);
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (long row = 0; row < rows; row++)
-            for (long head = 0; head < b->heads + b->kv_heads; head++) {
-                int is_key = head >= b->heads;
-                float *at = is_key ? key + row * width + (head - b->heads) * b->dim : query + (row * b->heads + head) * b->dim;
-                if (b->norms[2 + is_key]) normalise(at, b->norms[2 + is_key], b->dim, epsilon, at);
-                rotate(at, cos + row * b->dim, sin + row * b->dim, b->dim);
-                if (head == b->heads + b->kv_heads - 1) {
-                    memcpy(keys + slots[row] * width, key + row * width, width * sizeof(float));
-                    memcpy(values + slots[row] * width, value + row * width, width * sizeof(float));
-                }
-            }
+    for (long row = 0; row < s->rows; row++) {
+        for (long head = 0; head < b->heads + b->kv_heads; head++) {
+            int is_key = head >= b->heads;
+            float *at = is_key ? room->key + row * width + (head - b->heads) * b->dim : query + (row * b->heads + head) * b->dim;
+            if (b->norms[2 + is_key]) normalise(at, b->norms[2 + is_key], b->dim, b->epsilon, at);
+            rotate(at, s->cos + row * b->dim, s->sin + row * b->dim, b->dim);
+        }
+        memcpy(b->keys + s->slots[row] * width, room->key + row * width, width * sizeof(float));
+        memcpy(b->values + s->slots[row] * width, room->value + row * width, width * sizeof(float));
     }
 }
 
-/* x [rows, hidden] and the attention's output [rows, heads, dim] to y [rows, hidden]. */
-void dylora_after_attention(const struct block *b, const float *x, const float *attended, long rows, float epsilon,
-                            const struct lora *lora, float *y, int threads) {
+/* x [rows, hidden] and the attention's output [rows, heads, dim] to y [rows, hidden], which may be x. */
+static void after_attention(
+    const struct block *b, const struct step *s, const struct room *room, const float *x, const float *attended, float *y) {
     struct part output = *b->output, doors[2] = {b->doors[0], b->doors[1]}, down = *b->down;
-    struct products steps[3] = {products_of(rows, b->heads * b->dim, &output, 1, lora),
-                                products_of(rows, b->hidden, doors, 2, lora), products_of(rows, b->inner, &down, 1, lora)};
-    size_t room = 0;
-    for (int i = 0; i < 3; i++) room = room_of(steps + i) > room ? room_of(steps + i) : room;
-    float *normed = scratch(room + rows * (b->hidden + 2 * b->inner)), *gate = normed + rows * b->hidden;
-    float *up = gate + rows * b->inner;
-    for (int i = 0; i < 3; i++) {
-        steps[i].turned = up + rows * b->inner;
-        steps[i].low = steps[i].turned + (steps[i].is_turned ? rows * steps[i].in : 0);
-    }
-    output.add = x, output.y = y, doors[0].y = gate, doors[1].y = up, down.add = y, down.y = y;
+    output.add = x, output.y = y, doors[0].y = room->gate, doors[1].y = room->up, down.add = y, down.y = y;
+    multiply_in(room, s, attended, b->heads * b->dim, &output, 1);
+#pragma omp barrier
+    normalise_all(b, s, y, b->norms[1], room->normed);
+    multiply_in(room, s, room->normed, b->hidden, doors, 2);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (long row = 0; row < s->rows; row++) open_gates(room->gate + row * b->inner, room->up + row * b->inner, b->inner);
+    multiply_in(room, s, room->gate, b->inner, &down, 1);
+}
+
+void dylora_before_attention(const struct block *b, const struct step *s, const float *x, float *query, int threads) {
+    struct room room = room_for(b, s, 0);
 #pragma omp parallel num_threads(threads)
-    {
-        multiply_all(steps, attended);
+    before_attention(b, s, &room, x, query);
+}
+
+void dylora_after_attention(
+    const struct block *b, const struct step *s, const float *x, const float *attended, float *y, int threads) {
+    struct room room = room_for(b, s, 0);
+#pragma omp parallel num_threads(threads)
+    after_attention(b, s, &room, x, attended, y);
+}
+
+/* All blocks, one after the other, and the norm that ends them; x [rows, hidden] is overwritten with the result. */
+void dylora_blocks(
+    const struct block *const *blocks, long count, const struct step *s, const struct seen *seen, const float *norm, float *x, int threads) {
+    struct room room = room_for(blocks[0], s, 1);
+#pragma omp parallel num_threads(threads)
+    for (long i = 0; i < count; i++) {
+        const struct block *b = blocks[i];
+        struct attention attention = {room.query, b->heads * b->dim, b->dim, b->keys, b->values, room.attended, b->heads,
+                                      b->kv_heads, b->dim, b->dim, b->window, b->scale, 0, *seen};
+        before_attention(b, s, &room, x, room.query);
+        dylora_attend_together(&attention);
 #pragma omp barrier
-#pragma omp for schedule(static)
-        for (long row = 0; row < rows; row++)
-            normalise(y + row * b->hidden, b->norms[1], b->hidden, epsilon, normed + row * b->hidden);
-        multiply_all(steps + 1, normed);
+        after_attention(b, s, &room, x, room.attended, x);
 #pragma omp barrier
-#pragma omp for schedule(static)
-        for (long row = 0; row < rows; row++) open_gates(gate + row * b->inner, up + row * b->inner, b->inner);
-        multiply_all(steps + 2, gate);
+        if (i + 1 == count) normalise_all(b, s, x, norm, x);
     }
 }

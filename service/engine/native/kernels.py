@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +29,13 @@ LANES = 8
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "dylora_products": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
-    "dylora_before_attention": [_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _FLOAT, *[_POINTER] * 5, _INT],
-    "dylora_after_attention": [_POINTER, _POINTER, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER, _INT],
+    "dylora_before_attention": [*[_POINTER] * 4, _INT],
+    "dylora_after_attention": [*[_POINTER] * 5, _INT],
+    "dylora_blocks": [_POINTER, _LONG, *[_POINTER] * 4, _INT],
     "dylora_use_huge_pages": [_POINTER, _LONG],
     "dylora_merge": [*[_POINTER] * 3, _LONG, _FLOAT, *[_LONG] * 4, _POINTER],
     "dylora_write_cache": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER, *[_LONG] * 4, _POINTER, _POINTER],
-    "dylora_attend": [
-        *[_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _POINTER],
-        *[_LONG] * 7,
-        *[_FLOAT, _FLOAT, _INT],
-    ],
+    "dylora_attend": [_POINTER, _INT],
     "dylora_argmax": [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT],
 }
 
@@ -93,12 +90,12 @@ class Term(NamedTuple):
     b: Tensor | None = None  # [columns, out], the bank's: of each adapter [out / PANEL, its columns, PANEL]
 
 
-_WORDS = 7
+WORDS = 7
 """Of `struct part`: weight, bias, what it is added to, output, A, B, length of the output."""
 _OUTPUT = 3
 
 
-def _parts(terms: Sequence[Term]) -> "ctypes.Array[ctypes.c_long]":
+def parts_of(terms: Sequence[Term]) -> "ctypes.Array[ctypes.c_long]":
     """The terms as the kernels read them. Their tensors must outlive it."""
     words: list[int] = []
     for term in terms:
@@ -113,7 +110,7 @@ class Products:
     def __init__(self, library: ctypes.CDLL, terms: Sequence[Term]) -> None:
         self._run = library.dylora_products
         self._terms = tuple(terms)
-        self._parts = _parts(terms)
+        self._parts = parts_of(terms)
         self._address = ctypes.addressof(self._parts)
 
     def __call__(self, x: Tensor, rows: LoraRows | None = None) -> list[Tensor]:
@@ -122,7 +119,7 @@ class Products:
         *shape, in_features = x.shape
         outs = [x.new_empty(*shape, len(term.weight)) for term in self._terms]
         for number, out in enumerate(outs):
-            self._parts[_WORDS * number + _OUTPUT] = out.data_ptr()
+            self._parts[WORDS * number + _OUTPUT] = out.data_ptr()
         self._run(
             *(x.data_ptr(), x.numel() // in_features, in_features, self._address, len(outs)),
             *(None if rows is None else rows.address, torch.get_num_threads()),
@@ -130,68 +127,42 @@ class Products:
         return outs
 
 
-@dataclass(frozen=True)
-class BlockShape:
-    """Sizes of a block of Llama's kind; `epsilon` is that of its norms."""
-
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    dim: int
-    epsilon: float
+def members(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    """Members of a structure that are of one kind."""
+    return [(name, kind) for name in names]
 
 
-class Block:
-    """A block of Llama's kind, but for its attention. See block.c.
+class Seen(ctypes.Structure):
+    """What rows see of their own sequences; its tensors must outlive it."""
 
-    Args:
-        norms: weights of the norms of the input, of the attention's output, and of query and key heads where it has those.
-        terms: query, key, value, output, gate, up, down.
-    """
+    _fields_ = (
+        members(_LONG, "rows")
+        + members(_POINTER, "query_rows", "ends", "tables")
+        + members(_LONG, "table_width", "block_tokens")
+    )
 
-    def __init__(self, library: ctypes.CDLL, shape: BlockShape, norms: Sequence[Tensor | None], terms: Sequence[Term]) -> None:
-        self._before, self._after = library.dylora_before_attention, library.dylora_after_attention
-        self._shape = shape
-        self._tensors = (norms, terms)
-        self._parts = _parts(terms)
-        first = ctypes.addressof(self._parts)
-        places = [first + number * ctypes.sizeof(ctypes.c_long) * _WORDS for number in (0, 3, 4, 6)]
-        sizes = (shape.hidden, shape.inner, shape.heads, shape.kv_heads, shape.dim)
-        at_norms = [0 if norm is None else norm.data_ptr() for norm in norms]
-        self._words = (ctypes.c_long * 13)(*sizes, *at_norms, *places)
-        self._address = ctypes.addressof(self._words)
+    @classmethod
+    def of(cls, rows: Tensor, ends: Tensor, tables: Tensor, block_tokens: int) -> "Seen":
+        """Of rows [rows] that see `ends` [rows] positions each, in the blocks of `tables` [rows, most blocks]; all int64."""
+        return cls(len(rows), rows.data_ptr(), ends.data_ptr(), tables.data_ptr(), tables.shape[1], block_tokens)
 
-    def before_attention(
-        self, x: Tensor, cos: Tensor, sin: Tensor, rows: LoraRows | None, slots: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """Queries [rows, heads, dim] of `x` [rows, hidden]; keys and values go to slots of a layer's cache.
 
-        `cos` and `sin` are [rows, dim].
-        """
-        query = x.new_empty(x.shape[0], self._shape.heads, self._shape.dim)
-        self._before(
-            *(self._address, x.data_ptr(), x.shape[0], cos.data_ptr(), sin.data_ptr(), self._shape.epsilon),
-            *(None if rows is None else rows.address, slots.data_ptr()),
-            *(query.data_ptr(), keys.data_ptr(), values.data_ptr(), torch.get_num_threads()),
-        )
-        return query
-
-    def after_attention(self, x: Tensor, attended: Tensor, rows: LoraRows | None) -> Tensor:
-        """The block's output [rows, hidden], from its input and the attention's output [rows, heads, dim]."""
-        out = torch.empty_like(x)
-        self._after(
-            *(self._address, x.data_ptr(), attended.data_ptr(), x.shape[0], self._shape.epsilon),
-            *(None if rows is None else rows.address, out.data_ptr(), torch.get_num_threads()),
-        )
-        return out
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *members(_POINTER, "query"),
+        *members(_LONG, "query_row", "query_head"),
+        *members(_POINTER, "keys", "values", "out"),
+        *members(_LONG, "heads", "kv_heads", "dim", "value_dim", "window"),
+        *members(_FLOAT, "scale", "softcap"),
+        ("seen", Seen),
+    ]
 
 
 class Kernels:
     """The library, loaded. As many threads as torch uses take part."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -202,16 +173,12 @@ class Kernels:
 
     def in_large_pages(self, fresh: Tensor) -> Tensor:
         """The same memory, which nothing has been written to yet, in large pages where the system has them."""
-        self._library.dylora_use_huge_pages(fresh.data_ptr(), fresh.nbytes)
+        self.library.dylora_use_huge_pages(fresh.data_ptr(), fresh.nbytes)
         return fresh
 
     def products(self, terms: Sequence[Term]) -> Products:
         """Lay out products of one input."""
-        return Products(self._library, terms)
-
-    def block(self, shape: BlockShape, norms: Sequence[Tensor | None], terms: Sequence[Term]) -> Block:
-        """Lay out a block."""
-        return Block(self._library, shape, norms, terms)
+        return Products(self.library, terms)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x` [..., in] times a packed weight; [..., out]."""
@@ -220,15 +187,15 @@ class Kernels:
     def add_lora(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor, rows: LoraRows) -> None:
         """Add each row's own update to `out` [rows, out], in place; `a` and `b` as in `Term`."""
         x = x.contiguous()
-        part = (ctypes.c_long * _WORDS)(0, 0, 0, out.data_ptr(), a.data_ptr(), b.data_ptr(), out.shape[-1])
-        self._library.dylora_products(
+        part = (ctypes.c_long * WORDS)(0, 0, 0, out.data_ptr(), a.data_ptr(), b.data_ptr(), out.shape[-1])
+        self.library.dylora_products(
             *(x.data_ptr(), *x.shape, ctypes.addressof(part), 1, rows.address, torch.get_num_threads())
         )
 
     def merge(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, out: Tensor, panels: range) -> None:
         """`weight + scale * b @ a` for some panels of a packed weight, into `out`; a [rank, in], b [out, rank]."""
         rank, in_features = a.shape
-        self._library.dylora_merge(
+        self.library.dylora_merge(
             *(weight.data_ptr(), a.data_ptr(), b.data_ptr(), b.stride(0), scale, rank, in_features),
             *(panels.start, panels.stop, out.data_ptr()),
         )
@@ -236,7 +203,7 @@ class Kernels:
     def write_cache(self, key: Tensor, value: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [kv_heads, rows, dim], dense in their last dimension, into slots of a layer's cache."""
         heads, rows, dim = key.shape
-        self._library.dylora_write_cache(
+        self.library.dylora_write_cache(
             *(key.data_ptr(), key.stride(1), key.stride(0), value.data_ptr(), value.stride(1), value.stride(0)),
             *(slots.data_ptr(), rows, heads, dim, value.shape[2], keys.data_ptr(), values.data_ptr()),
         )
@@ -247,10 +214,8 @@ class Kernels:
         keys: Tensor,
         values: Tensor,
         out: Tensor,
+        seen: Seen,
         *,
-        rows: Tensor,
-        ends: Tensor,
-        tables: Tensor,
         window: int | None,
         scale: float,
         softcap: float | None,
@@ -261,21 +226,18 @@ class Kernels:
             query: [heads, all rows, dim], dense in its last dimension.
             keys, values: a layer's cache [blocks, block_tokens, kv_heads, dim].
             out: [all rows, heads, value_dim].
-            rows, ends: [rows], int64: which rows, and how many positions each sees.
-            tables: [rows, most blocks], int64: the blocks of each row's sequence.
         """
-        self._library.dylora_attend(
+        attention = _Attention(
             *(query.data_ptr(), query.stride(1), query.stride(0), keys.data_ptr(), values.data_ptr(), out.data_ptr()),
-            *(len(rows), rows.data_ptr(), ends.data_ptr(), tables.data_ptr(), tables.shape[1]),
-            *(query.shape[0], keys.shape[2], keys.shape[3], values.shape[3], keys.shape[1]),
-            *(window or 0, scale, softcap or 0.0, torch.get_num_threads()),
+            *(query.shape[0], keys.shape[2], keys.shape[3], values.shape[3], window or 0, scale, softcap or 0.0, seen),
         )
+        self.library.dylora_attend(ctypes.byref(attention), torch.get_num_threads())
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The first maximum of each row of `logits` [rows, vocabulary] and the row's logsumexp; [rows] and [rows]."""
         ids = torch.empty(len(logits), dtype=torch.long)
         normalisers = torch.empty(len(logits))
-        self._library.dylora_argmax(
+        self.library.dylora_argmax(
             logits.data_ptr(), *logits.shape, ids.data_ptr(), normalisers.data_ptr(), torch.get_num_threads()
         )
         return ids, normalisers
