@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapters.limits import CheckpointLimits
 from adapters.store.store import AdapterStore
-from service import demo, log
+from service import allocator, demo, log
 from service.core import EngineObserver, EngineObservers, EngineProtocol
 from service.engine.engine import Engine, EngineOptions
 from service.engine.model import load_model
@@ -32,6 +32,7 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
         SettingsError: the adapters' folder, the API keys or what OTEL_ variables ask for can't be used.
         AdapterError: another process owns it.
     """
+    allocator.share_one_heap()
     log.configure(settings.log_level, settings.log_format)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would be a line of the log
