@@ -1,8 +1,10 @@
 """How long requests took lately, by adapter and rank."""
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from threading import Lock
 
 from service.core import Usage
@@ -48,6 +50,27 @@ class Measured:
 NOTHING = Measured(0, None, None, None)
 
 
+@dataclass
+class _Pair:
+    """What requests of one adapter and rank took.
+
+    Attributes:
+        requests: all that ended well.
+        seconds: of the last `WINDOW` of them, three numbers each: whole, first token, mean between tokens or NaN. An array,
+            because there may be millions: objects would take ten times as much.
+    """
+
+    requests: int = 0
+    seconds: "array[float]" = field(default_factory=lambda: array("d"))
+
+    def add(self, usage: Usage) -> None:
+        later = usage.generated_tokens - 1
+        gap_s = (usage.total_s - usage.time_to_first_token_s) / later if later else math.nan
+        place = 3 * (self.requests % WINDOW)
+        self.seconds[place : place + 3] = array("d", (usage.total_s, usage.time_to_first_token_s, gap_s))
+        self.requests += 1
+
+
 class Latencies:
     """Remembers the times of the last requests of each adapter and rank. Thread-safe; bounded.
 
@@ -56,15 +79,14 @@ class Latencies:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._pairs: OrderedDict[tuple[str, int], tuple[int, deque[Usage]]] = OrderedDict()
+        self._pairs: OrderedDict[tuple[str, int], _Pair] = OrderedDict()
 
     def add(self, adapter: str, rank: int, usage: Usage) -> None:
         """A request ended well."""
         key = (adapter, rank)
         with self._lock:
-            count, usages = self._pairs.pop(key, (0, deque(maxlen=WINDOW)))
-            usages.append(usage)
-            self._pairs[key] = (count + 1, usages)
+            self._pairs.setdefault(key, _Pair()).add(usage)
+            self._pairs.move_to_end(key)
             if len(self._pairs) > _MAX_PAIRS:
                 self._pairs.popitem(last=False)
 
@@ -77,18 +99,9 @@ class Latencies:
     def of(self, adapter: str, rank: int) -> Measured:
         """What is known of an adapter at a rank."""
         with self._lock:
-            count, kept = self._pairs.get((adapter, rank), (0, deque[Usage]()))
-            usages = list(kept)
-        if not usages:
-            return NOTHING
-
-        def over(time_s: Callable[[Usage], float], among: list[Usage] = usages) -> Percentiles | None:
-            return Percentiles.of(map(time_s, among))
-
-        several = [usage for usage in usages if usage.generated_tokens > 1]
-        return Measured(
-            count,
-            over(lambda usage: usage.total_s),
-            over(lambda usage: usage.time_to_first_token_s),
-            over(lambda usage: (usage.total_s - usage.time_to_first_token_s) / (usage.generated_tokens - 1), several),
-        )
+            pair = self._pairs.get((adapter, rank))
+            if pair is None:
+                return NOTHING
+            requests, seconds = pair.requests, pair.seconds[:]
+        gaps = (gap for gap in seconds[2::3] if not math.isnan(gap))
+        return Measured(requests, Percentiles.of(seconds[::3]), Percentiles.of(seconds[1::3]), Percentiles.of(gaps))
