@@ -20,6 +20,8 @@ static inline void stream(float *at, vec value) {
 
 TILES(streamed, stream)
 
+#define SOON 32 /* inputs: how far ahead of its use a weight is asked of memory, 2 KiB */
+
 /* merged = w + scale * B[:, :rank] A[:rank], for the panels from `first` to `end`; a [rank, in], b [out, b_stride].
    `merged` is aligned to 64 bytes. */
 void dylora_merge(const float *w, const float *a, const float *b, long b_stride, float scale, long rank, long in, long first,
@@ -38,6 +40,7 @@ void dylora_merge(const float *w, const float *a, const float *b, long b_stride,
             for (long i = 0; i < rows; i++) {
                 from[i] = w + (panel * in + k + i) * PANEL;
                 to[i] = merged + (panel * in + k + i) * PANEL;
+                for (long v = 0; v < count; v++) __builtin_prefetch(from[i] + (v * in + SOON) * PANEL);
             }
             streamed[rows](a + k, in, turned, apart(is_single, rank * PANEL), rank, from, to, 0, apart(is_single, in * PANEL), 0);
         }
