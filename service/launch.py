@@ -11,8 +11,9 @@ from adapters.limits import CheckpointLimits
 from adapters.store.store import AdapterStore
 from service import allocator, demo, log
 from service.core import EngineObserver, EngineObservers, EngineProtocol
-from service.engine.engine import Engine, EngineOptions
+from service.engine.engine import Engine
 from service.engine.model import load_model
+from service.engine.options import EngineOptions
 from service.http import server
 from service.http.app import create_app
 from service.http.metrics import Metrics

@@ -25,8 +25,9 @@ from service.core import (
     TokenEvent,
 )
 from service.engine.backend import Backend
-from service.engine.engine import Engine, EngineOptions
+from service.engine.engine import Engine
 from service.engine.model import prepare_model
+from service.engine.options import EngineOptions
 from service.engine.sites import Site, site_kind
 from tests.tiny_models import LINEAR_TARGETS, VOCAB
 

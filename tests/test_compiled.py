@@ -7,9 +7,9 @@ import torch
 
 from service.core import Compile, Mode
 from service.engine.compiled import GRAPHS_PER_KIND
-from service.engine.engine import EngineOptions
 from service.engine.kv_cache import KVCache
 from service.engine.model import prepare_model
+from service.engine.options import EngineOptions
 from tests.engine_harness import (
     Reports,
     character_tokenizer,

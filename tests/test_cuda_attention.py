@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the GPU's kernels need triton (pip install
 
 from service.engine.attention import AttentionCall
 from service.engine.cuda.paged_attention import AttentionLayout, TritonCache
-from service.engine.kv_cache import LayerShape, Span
+from service.engine.kv_cache import CacheRoom, LayerShape, Span
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-2}
@@ -56,16 +56,11 @@ def run(case: Case, *, device: torch.device = CPU) -> tuple[list[Tensor], list[T
     def noise(heads: int, tokens: int, dim: int) -> Tensor:
         return torch.randn(heads, tokens, dim, generator=generator).to(device, case.dtype)
 
-    layer = nn.Identity()
+    layer: nn.Module = nn.Identity()
     needed = [-(-(start + length) // case.block_tokens) for start, length in case.places]
-    cache = TritonCache(
-        {layer: LayerShape(case.kv_heads, case.dim, case.value_dim, case.window)},
-        total_blocks=sum(needed) + 1,
-        block_tokens=case.block_tokens,
-        dtype=case.dtype,
-        device=device,
-        parts=case.parts,
-    )
+    layers = {layer: LayerShape(case.kv_heads, case.dim, case.value_dim, case.window)}
+    room = CacheRoom(layers, sum(needed) + 1, case.block_tokens, case.dtype, device)
+    cache = TritonCache(room, parts=case.parts)
     tables = [each.tolist() for each in torch.split(torch.randperm(sum(needed), generator=generator), needed)]
     for tensor in cache._layers[layer]:
         tensor.fill_(torch.nan)
@@ -125,8 +120,8 @@ def test_a_long_context_is_split_and_joined(window: int | None) -> None:
 
 
 def test_rows_of_padding_write_nothing_and_become_zeros() -> None:
-    layer = nn.Identity()
-    cache = TritonCache({layer: LayerShape(2, 8, 8, None)}, total_blocks=3, block_tokens=4, dtype=torch.float32, device=CPU)
+    layer: nn.Module = nn.Identity()
+    cache = TritonCache(CacheRoom({layer: LayerShape(2, 8, 8, None)}, 3, 4, torch.float32, CPU))
     layout = AttentionLayout.of([Span(5, 1, [2, 0])], 4).padded(3)
     call = AttentionCall(torch.randn(4, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8), 1.0, None, None)
     alone = AttentionCall(call.query[:, :1], call.key[:, :1], call.value[:, :1], 1.0, None, None)

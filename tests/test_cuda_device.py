@@ -12,7 +12,7 @@ from service.core import Compile
 from service.engine.backend import Backend
 from service.engine.cuda.backend import TritonBackend
 from service.engine.cuda.graphs import CudaRecorder, Replay
-from service.engine.engine import EngineOptions
+from service.engine.options import EngineOptions
 from tests.engine_harness import Reports, generate, generate_merged, mixed_requests, running_engine
 from tests.test_cuda_attention import TOLERANCE, Case, run
 from tests.test_cuda_engine import dyloras

@@ -18,7 +18,7 @@ from adapters.checkpoint import read_peft
 from service.core import AdapterChoice, Compile, GenerationRequest, SamplingParams
 from service.engine.cuda.backend import TritonBackend
 from service.engine.cuda.graphs import Replay, padded_rows
-from service.engine.engine import EngineOptions
+from service.engine.options import EngineOptions
 from tests.engine_harness import Reports, generate, generate_merged, mixed_requests, random_dylora, running_engine
 from tests.tiny_models import random_peft_adapter, tiny_model
 

@@ -21,8 +21,9 @@ from service.core import (
     StepReport,
     TokenEvent,
 )
-from service.engine.engine import Engine, EngineOptions
+from service.engine.engine import Engine
 from service.engine.model import prepare_model
+from service.engine.options import EngineOptions
 from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
 from tests.engine_harness import Client, Reports, character_tokenizer, generate, generate_merged, random_dylora, running_engine
 from tests.tiny_models import tiny_model

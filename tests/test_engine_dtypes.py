@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from adapters.adapter import Adapter, LowRank
 from service.core import AdapterChoice, Compile, Finished, GenerationRequest, Mode, SamplingParams
-from service.engine.engine import EngineOptions
+from service.engine.options import EngineOptions
 from tests.engine_harness import Reports, generate, generate_merged, random_dylora, running_engine
 from tests.tiny_models import some_tokens, tiny_model
 

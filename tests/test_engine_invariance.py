@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from adapters.checkpoint import read_peft
 from adapters.nesting import export_rank, renest
 from service.core import AdapterChoice, Compile, GenerationRequest, Mode, SamplingParams
-from service.engine.engine import EngineOptions
+from service.engine.options import EngineOptions
 from tests.engine_harness import Reports, generate, generate_merged, mixed_requests, random_dylora, running_engine
 from tests.tiny_models import TINY_KINDS, random_peft_adapter, tiny_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from service.core import FinishReason, GenerationRequest, SamplingParams, TokenEvent
-from service.engine.engine import EngineOptions
+from service.engine.options import EngineOptions
 from service.errors import InvalidRequest
 from tests.engine_harness import Client, generate, running_engine
 from tests.tiny_models import VOCAB, tiny_model

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.attention import AttentionCall
-from service.engine.kv_cache import KVCache, LayerShape, Span
+from service.engine.kv_cache import CacheRoom, KVCache, LayerShape, Span
 from service.engine.native.kernels import kernels
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -48,14 +48,8 @@ def test_rows_of_any_length_see_what_plain_attention_sees(
     block_tokens = 16
     shape = LayerShape(KV_HEADS, DIM, DIM, window)
     needed = [-(-(start + length) // block_tokens) for start, length in places]
-    cache = KVCache(
-        {layer: shape},
-        total_blocks=sum(needed),
-        block_tokens=block_tokens,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        kernels=kernels() if is_native else None,
-    )
+    room = CacheRoom({layer: shape}, sum(needed), block_tokens, torch.float32, torch.device("cpu"))
+    cache = KVCache(room, kernels() if is_native else None)
     shuffled = torch.split(torch.randperm(sum(needed)), needed)  # nobody's blocks are in order
     keys = [torch.randn(KV_HEADS, start + length, DIM) for start, length in places]
     values = [torch.randn(KV_HEADS, start + length, DIM) for start, length in places]

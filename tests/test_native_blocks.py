@@ -9,13 +9,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from service.core import AdapterChoice, Compile, GenerationRequest, SamplingParams
 from service.engine.compiled import blocks_of
-from service.engine.engine import EngineOptions
-from service.engine.kv_cache import KVCache
+from service.engine.kv_cache import CacheRoom, KVCache
 from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel, prepare_model
 from service.engine.model_check import Reference
 from service.engine.native.kernels import Kernels, kernels
 from service.engine.native_blocks import use_native_blocks
+from service.engine.options import EngineOptions
 from service.engine.runner import Runner
 from tests.engine_harness import character_tokenizer, generate, mixed_requests, random_dylora, running_engine
 from tests.tiny_models import VOCAB, tiny_model
@@ -47,8 +47,7 @@ def model_of(kind: str, **fields: Any) -> PreTrainedModel:
 
 def packed(model: PreTrainedModel, native: Kernels) -> tuple[LoadedModel, Runner, Reference]:
     loaded = prepare_model(model, character_tokenizer(), name="tiny")
-    room = {"total_blocks": 8, "block_tokens": 16}
-    cache = KVCache(loaded.layers, **room, dtype=torch.float32, device=torch.device("cpu"), kernels=native)
+    cache = KVCache(CacheRoom(loaded.layers, 8, 16, torch.float32, torch.device("cpu")), native)
     reference = Reference(loaded)
     LoraBank(model, model.get_input_embeddings(), kernels=native)
     return loaded, Runner(loaded, cache, native), reference

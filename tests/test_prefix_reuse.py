@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from service.core import AdapterChoice, GenerationRequest, SamplingParams, TokenEvent
-from service.engine.engine import Engine, EngineOptions
+from service.engine.engine import Engine
+from service.engine.options import EngineOptions
 from tests.engine_harness import Client, generate, mixed_requests, random_dylora, running_engine
 from tests.tiny_models import TINY_KINDS, VOCAB, tiny_model
 

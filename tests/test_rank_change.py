@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from adapters.errors import IllegalRank
 from adapters.nesting import export_rank
 from service.core import AdapterChoice, Compile, Event, GenerationRequest, Mode, SamplingParams, TokenEvent
-from service.engine.engine import Engine, EngineOptions
+from service.engine.engine import Engine
+from service.engine.options import EngineOptions
 from tests.engine_harness import Client, generate, mixed_requests, random_dylora, running_engine
 from tests.tiny_models import VOCAB, tiny_model
 

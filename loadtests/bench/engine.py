@@ -26,8 +26,9 @@ from service.core import (
     StepReport,
     TokenEvent,
 )
-from service.engine.engine import Engine, EngineOptions
+from service.engine.engine import Engine
 from service.engine.model import prepare_model
+from service.engine.options import EngineOptions
 
 WIDE_ADAPTERS, WIDE_RANK = 32, 64
 ZIPF_ADAPTERS = 1000

@@ -1,11 +1,6 @@
 """What computes the parts of a step that are ours and not the model's: attention, the adapters' product, whole decode steps."""
 
-from collections.abc import Mapping
-
-import torch
-from torch import nn
-
-from service.engine.kv_cache import KVCache, LayerShape
+from service.engine.kv_cache import CacheRoom, KVCache
 from service.engine.mixed import LoraProduct
 from service.engine.model import LoadedModel
 from service.engine.native.kernels import Kernels
@@ -20,18 +15,9 @@ class Backend:
     product: LoraProduct | None = None
     """The adapters' product of linear modules; None leaves it to torch, or to the kernels in C."""
 
-    def cache(
-        self,
-        layers: Mapping[nn.Module, LayerShape],
-        *,
-        total_blocks: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Cache:
+    def cache(self, room: CacheRoom) -> Cache:
         """Room for keys and values."""
-        own = {"total_blocks": total_blocks, "block_tokens": block_tokens}
-        return KVCache(layers, **own, dtype=dtype, device=device, kernels=self.kernels)
+        return KVCache(room, self.kernels)
 
     def graphs(self, loaded: LoadedModel, *, most_rows: int) -> Graphs | None:
         """Recorded decode steps, of up to so many rows."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -14,7 +14,6 @@ from adapters.adapter import Adapter
 from service.core import (
     Aborted,
     AdapterChoice,
-    Compile,
     EngineObserver,
     EngineStats,
     Event,
@@ -24,54 +23,20 @@ from service.core import (
     GenerationRequest,
     ModelFacts,
 )
-from service.engine.attention import number_layers
 from service.engine.backend import Backend
 from service.engine.backend_choice import backend_for
-from service.engine.blocks import BlockPool
-from service.engine.compiled import CompiledBlocks, blocks_of, wants_compilation
-from service.engine.kv_cache import KVCache
-from service.engine.lora import LoraBank
 from service.engine.model import LoadedModel
-from service.engine.model_check import Reference
-from service.engine.native_blocks import use_native_blocks
+from service.engine.options import EngineOptions
 from service.engine.planner import Planner
 from service.engine.prompts import Prompts
-from service.engine.runner import Runner, pack
+from service.engine.readiness import make_ready
+from service.engine.runner import pack
 from service.engine.scheduler import Batch, Scheduler, Sequence
 from service.engine.ticket import Ticket
 from service.engine.vocabulary import Vocabulary
 from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes and limits of an engine.
-
-    Attributes:
-        max_running: sequences that run side by side.
-        max_waiting: requests that may queue behind them.
-        max_batch_tokens: tokens of one step, decode rows and prefill chunks together.
-        prefill_chunk_tokens: tokens of each prompt that enters, in a step that also has decode rows, whose next tokens wait
-            for them, and one more for each of those. The default was chosen on a CPU with a Llama of 100M parameters in fp32
-            and 8 rows that generate while 1,500 tokens enter: 16 at a time made a step 1.4 times as long, in the median.
-        prefix_cache: reuse the keys and values of prompts that begin alike, at the same adapter and rank. Who can time
-            answers can tell whether a prompt was asked before; tenants who must not know that of each other need it off.
-        merge_after_steps: consecutive steps of one (adapter, rank) before its weights are merged.
-        compile: whether to make machine code for this processor.
-    """
-
-    max_running: int = 64
-    max_waiting: int = 256
-    max_batch_tokens: int = 512
-    prefill_chunk_tokens: int = 16
-    kv_cache_bytes: int = 512 << 20
-    kv_block_tokens: int = 16
-    prefix_cache: bool = True
-    merged_cache_bytes: int = 512 << 20
-    merge_after_steps: int = 8
-    compile: Compile = Compile.AUTO
 
 
 class Engine:
@@ -99,32 +64,10 @@ class Engine:
         self._loaded = loaded
         self._options = options
         self._observer = observer
-        dtype, device = loaded.model.dtype, loaded.model.device
-        backend = backend or backend_for(loaded, options.compile)
-        block_bytes = KVCache.token_bytes(loaded.layers, dtype) * options.kv_block_tokens
-        most = options.max_running * -(-loaded.max_context_tokens // options.kv_block_tokens)
-        self._pool = BlockPool(max(4, min(options.kv_cache_bytes // block_bytes, most)), options.kv_block_tokens)
-        room = {"total_blocks": self._pool.total, "block_tokens": options.kv_block_tokens}
-        cache = backend.cache(loaded.layers, **room, dtype=dtype, device=device)
-        graphs = backend.graphs(loaded, most_rows=options.max_running)
-        self._runner = Runner(loaded, cache, backend.kernels, graphs)
+        ready = make_ready(loaded, options, backend or backend_for(loaded, options.compile))
+        self._pool, self._runner, self._bank = ready.pool, ready.runner, ready.bank
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._prompts = Prompts(loaded.tokenizer)
-        facts = loaded.facts  # like the reference, from the model as it came: packing unties weights
-        reference = Reference(loaded)
-        self._bank = LoraBank(
-            loaded.model, loaded.model.get_input_embeddings(), kernels=backend.kernels, product=backend.product
-        )
-        reference.check(loaded, self._runner, block_tokens=options.kv_block_tokens)
-        check = partial(reference.check, loaded, self._runner, block_tokens=options.kv_block_tokens)
-        found = backend.kernels if options.compile is Compile.AUTO else None
-        if found is not None and use_native_blocks(loaded, found, check):
-            log.info("%s runs block by block in the kernels", type(loaded.model).__name__)
-        elif wants_compilation(options.compile, loaded):
-            self._bank.adapt_linear(blocks_of(loaded))
-            number_layers(loaded.layers)
-            with CompiledBlocks(loaded):
-                check()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._scheduler = Scheduler(
             self._pool,
@@ -144,7 +87,7 @@ class Engine:
 
         # One limit for all who ask: what the model allows, and what the cache can hold of one request.
         context = min(loaded.max_context_tokens, self._pool.capacity_tokens)
-        self._facts = replace(facts, max_context_tokens=context)
+        self._facts = replace(ready.facts, max_context_tokens=context)
         self._lock = threading.Condition()  # guards the five below
         self._adapters: dict[str, Adapter] = {}
         self._live: dict[str, Sequence] = {}  # request id -> sequence, from submit to its terminal event

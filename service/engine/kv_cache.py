@@ -42,27 +42,40 @@ class Span:
         return self.start + self.length
 
 
+@dataclass(frozen=True)
+class CacheRoom:
+    """Room for keys and values: so many blocks of so many tokens in each of the layers."""
+
+    layers: Mapping[nn.Module, LayerShape]
+    total_blocks: int
+    block_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensors(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Each layer's keys and values, [blocks, block_tokens, kv_heads, dim]."""
+        return {
+            module: (self._zeros(shape.kv_heads, shape.head_dim), self._zeros(shape.kv_heads, shape.value_dim))
+            for module, shape in self.layers.items()
+        }
+
+    def _zeros(self, heads: int, dim: int) -> Tensor:
+        # Not garbage: padded positions are read and weighted with 0, and 0 * NaN is NaN.
+        return torch.zeros(self.total_blocks, self.block_tokens, heads, dim, dtype=self.dtype, device=self.device)
+
+
 class KVCache:
     """Paged keys and values: per layer one tensor of token slots, cut into blocks by the scheduler's bookkeeping."""
 
-    def __init__(
-        self,
-        layers: Mapping[nn.Module, LayerShape],
-        *,
-        total_blocks: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernels: Kernels | None = None,
-    ) -> None:
+    def __init__(self, room: CacheRoom, kernels: Kernels | None = None) -> None:
         """With `kernels`, decode rows are attended by them where they can."""
-        self.block_tokens = block_tokens
-        self.device = device
-        dims = [dim for shape in layers.values() for dim in (shape.head_dim, shape.value_dim)]
-        is_served = dtype is torch.float32 and device.type == "cpu" and not any(dim % LANES for dim in dims)
+        self.block_tokens = room.block_tokens
+        self.device = room.device
+        dims = [dim for shape in room.layers.values() for dim in (shape.head_dim, shape.value_dim)]
+        is_served = room.dtype is torch.float32 and room.device.type == "cpu" and not any(dim % LANES for dim in dims)
         self._kernels = kernels if is_served else None
         self._scratch = Scratch()
-        self._layers = layer_tensors(layers, total_blocks=total_blocks, block_tokens=block_tokens, dtype=dtype, device=device)
+        self._layers = room.tensors()
 
     @staticmethod
     def token_bytes(layers: Mapping[nn.Module, LayerShape], dtype: torch.dtype) -> int:
@@ -72,18 +85,6 @@ class KVCache:
     def plan(self, spans: Sequence[Span]) -> "PagedAttention":
         """Lay out one step's rows, packed in the order of `spans`."""
         return PagedAttention(self._layers, self.block_tokens, spans, self.device, self._scratch, self._kernels)
-
-
-def layer_tensors(
-    layers: Mapping[nn.Module, LayerShape], *, total_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
-) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Each layer's keys and values, [blocks, block_tokens, kv_heads, dim]."""
-
-    def zeros(shape: LayerShape, dim: int) -> Tensor:
-        # Not garbage: padded positions are read and weighted with 0, and 0 * NaN is NaN.
-        return torch.zeros(total_blocks, block_tokens, shape.kv_heads, dim, dtype=dtype, device=device)
-
-    return {module: (zeros(shape, shape.head_dim), zeros(shape, shape.value_dim)) for module, shape in layers.items()}
 
 
 class Scratch:

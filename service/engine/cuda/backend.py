@@ -1,16 +1,13 @@
 """The engine's tensors on a GPU."""
 
-from collections.abc import Mapping
-
 import torch
-from torch import nn
 
 from service.core import AdapterChoice
 from service.engine.backend import Backend
 from service.engine.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder
 from service.engine.cuda.lora_product import TritonProduct
 from service.engine.cuda.paged_attention import MOST_PARTS, TritonCache
-from service.engine.kv_cache import LayerShape
+from service.engine.kv_cache import CacheRoom
 from service.engine.model import LoadedModel
 
 
@@ -30,18 +27,9 @@ class TritonBackend(Backend):
         owner = AdapterChoice("", 1, 1.0)
         self.product.add(row, row.clone(), row, row, self.product.lay_out([owner], {"": 0}))
 
-    def cache(
-        self,
-        layers: Mapping[nn.Module, LayerShape],
-        *,
-        total_blocks: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> TritonCache:
+    def cache(self, room: CacheRoom) -> TritonCache:
         """Room for keys and values."""
-        own = {"total_blocks": total_blocks, "block_tokens": block_tokens}
-        self._cache = TritonCache(layers, **own, dtype=dtype, device=device, parts=self._parts)
+        self._cache = TritonCache(room, parts=self._parts)
         return self._cache
 
     def graphs(self, loaded: LoadedModel, *, most_rows: int) -> DecodeGraphs:

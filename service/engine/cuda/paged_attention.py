@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from service.engine.attention import AttentionCall
 from service.engine.cuda.attention_kernels import PREFILL_ROWS, TILE_INTS, attend, write_cache
 from service.engine.cuda.device_ints import ints, to_device
-from service.engine.kv_cache import LayerShape, Span, layer_tensors, slots_of
+from service.engine.kv_cache import CacheRoom, Span, slots_of
 
 MOST_PARTS = 16
 """Programs that share the keys of a decode row, at most."""
@@ -75,21 +75,12 @@ class AttentionLayout:
 class TritonCache:
     """Paged keys and values, as `KVCache` has them, read and written by kernels."""
 
-    def __init__(
-        self,
-        layers: Mapping[nn.Module, LayerShape],
-        *,
-        total_blocks: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        parts: int = MOST_PARTS,
-    ) -> None:
+    def __init__(self, room: CacheRoom, *, parts: int = MOST_PARTS) -> None:
         """`parts`: programs that share the keys of a decode row, at most."""
-        self.block_tokens = block_tokens
-        self.device = device
+        self.block_tokens = room.block_tokens
+        self.device = room.device
         self._parts = parts
-        self._layers = layer_tensors(layers, total_blocks=total_blocks, block_tokens=block_tokens, dtype=dtype, device=device)
+        self._layers = room.tensors()
 
     def plan(self, spans: Sequence[Span]) -> "TritonAttention":
         """Lay out one step's rows, packed in the order of `spans`."""
