@@ -294,7 +294,7 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank": 5}}, 422, LEGAL_RANKS),
     ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank": 0}}, 422, "rank: 0 is not legal"),
     ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank": True}}, 422, "rank: True is not legal"),
-    ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank": "best"}}, 422, 'legal: an integer of at least 1, "max"'),
+    ({"inputs": "x", "parameters": {"adapter_id": "demo", "rank": "best"}}, 422, 'must be an integer of at least 1, "max"'),
     ({"inputs": "x", "parameters": {"adapter_id": "demo@9"}}, 422, LEGAL_RANKS),
     ({"inputs": "x", "parameters": {"adapter_id": "demo@x"}}, 422, "adapter_id: 'x' is no rank"),
     ({"inputs": "x", "parameters": {"adapter_id": "demo@2", "rank": 3}}, 422, "rank: 3 contradicts adapter_id"),
@@ -346,6 +346,13 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "parameters": {"api_token": "t"}}, 422, "api_token"),
     ({"inputs": "x", "parameters": {"apply_chat_template": True}}, 422, "apply_chat_template: True"),
 ]
+
+
+@pytest.mark.parametrize("route", ["/generate", "/generate_stream", "/", "/v1/completions", "/v1/load_lora_adapter"])
+def test_a_rank_in_the_query_is_not_passed_over(server: Server, route: str) -> None:
+    response = server.client.post(route, params={"rank": 4}, json={"prompt" if "/v1/" in route else "inputs": "x"})
+    assert response.status_code == 422
+    assert "rank: no such query parameter; there are none here" in response.text
 
 
 @pytest.mark.parametrize("route", ["/generate", "/generate_stream", "/"])

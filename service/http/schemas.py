@@ -61,7 +61,7 @@ def rank_wish(value: object) -> object:
     """Check a rank as a client writes it in JSON."""
     if value in (None, "max", "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise ValueError('legal: an integer of at least 1, "max", "auto"')
+    raise ValueError('must be an integer of at least 1, "max" or "auto"')
 
 
 class OrNull:

@@ -15,7 +15,9 @@ from service.http.adapters.uploads import receive_upload
 from service.http.routes.common import ONLY_KNOWN_QUERIES, AdapterName, TheCaller, TheServices, errors, needs
 from service.keys import Scope
 
-router = APIRouter(prefix="/adapters", tags=["adapters"], dependencies=[ONLY_KNOWN_QUERIES], responses=errors(401, 403, 429))
+router = APIRouter(
+    prefix="/adapters", tags=["adapters"], dependencies=[ONLY_KNOWN_QUERIES], responses=errors(401, 403, 422, 429)
+)
 _READ = [needs(Scope.ADAPTERS_READ)]
 _WRITE = [needs(Scope.ADAPTERS_WRITE)]
 
@@ -45,7 +47,7 @@ async def list_adapters(services: TheServices, caller: TheCaller) -> list[Adapte
     return [entry_of(served) for served in services.registry.list(caller.name)]
 
 
-@router.get("/{name}", response_model=AdapterOut, dependencies=_READ, responses=errors(404, 422, 503))
+@router.get("/{name}", response_model=AdapterOut, dependencies=_READ, responses=errors(404, 503))
 async def get_adapter(name: AdapterName, services: TheServices, caller: TheCaller) -> AdapterOut:
     """One adapter."""
     return entry_of(services.registry.get(name, caller.name))
@@ -55,7 +57,7 @@ async def get_adapter(name: AdapterName, services: TheServices, caller: TheCalle
     "/{name}",
     response_model=AdapterOut,
     dependencies=_WRITE,
-    responses={201: {"model": AdapterOut, "description": "Created."}, **errors(404, 408, 409, 413, 415, 422, 503, 507)},
+    responses={201: {"model": AdapterOut, "description": "Created."}, **errors(404, 408, 409, 413, 415, 503, 507)},
     openapi_extra={"requestBody": _UPLOAD_BODY},
 )
 async def put_adapter(
@@ -90,13 +92,13 @@ async def put_adapter(
     return entry_of(served)
 
 
-@router.delete("/{name}", status_code=204, dependencies=_WRITE, responses=errors(404, 409, 422, 503))
+@router.delete("/{name}", status_code=204, dependencies=_WRITE, responses=errors(404, 409, 503))
 async def delete_adapter(name: AdapterName, services: TheServices, caller: TheCaller) -> None:
     """Delete an adapter. Requests in flight keep it until they end."""
     await changes.delete_adapter(services, name, caller.name)
 
 
-@router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 422, 503))
+@router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 503))
 async def export_adapter(
     name: AdapterName,
     services: TheServices,

@@ -7,7 +7,7 @@ from service.errors import InvalidRequest
 from service.http.generation.served import WholeAnswer
 from service.http.generation.submit import Submitted
 from service.http.routes.answering import answer_streamed, answer_whole
-from service.http.routes.common import TheServices, errors, event_stream, needs
+from service.http.routes.common import ONLY_KNOWN_QUERIES, TheServices, errors, event_stream, needs
 from service.http.schemas import CompatRequest, GenerateRequest, GenerateResponse, StreamResponse
 from service.http.services import Services
 from service.http.tgi import answers
@@ -16,7 +16,7 @@ from service.keys import Scope
 
 router = APIRouter(
     tags=["generate"],
-    dependencies=[needs(Scope.GENERATE)],
+    dependencies=[needs(Scope.GENERATE), ONLY_KNOWN_QUERIES],
     responses=errors(401, 403, 404, 408, 413, 422, 429, 500, 503, 504),
 )
 

@@ -14,16 +14,16 @@ from service.http.openai.schemas import ChatRequest, CompletionRequest
 from service.http.openai.streams import stream_chat, stream_completion
 from service.http.openai.tasks import chat_task, completion_task
 from service.http.routes.answering import answer_streamed, answer_whole
-from service.http.routes.common import TheCaller, TheServices, event_stream, needs, openai_errors
+from service.http.routes.common import ONLY_KNOWN_QUERIES, TheCaller, TheServices, event_stream, needs, openai_errors
 from service.keys import Scope
 
 router = APIRouter(
     prefix="/v1",
     tags=["openai"],
-    dependencies=[needs(Scope.GENERATE)],
-    responses=openai_errors(401, 403, 429, 500),
+    dependencies=[needs(Scope.GENERATE), ONLY_KNOWN_QUERIES],
+    responses=openai_errors(401, 403, 422, 429, 500),
 )
-_GENERATING = openai_errors(404, 408, 413, 422, 503, 504)
+_GENERATING = openai_errors(404, 408, 413, 503, 504)
 
 
 _OR_STREAM = event_stream("Whole; with stream, server-sent events, each OpenAI's chunk object, and [DONE] as the last.")
@@ -75,7 +75,7 @@ async def models(services: TheServices, caller: TheCaller) -> ModelList:
     return ModelList(data=list_models(services, caller.name))
 
 
-@router.get("/models/{name:path}", responses=openai_errors(404, 422, 503))
+@router.get("/models/{name:path}", responses=openai_errors(404, 503))
 async def model(
     name: Annotated[str, Path(description="Its id.", max_length=512)], services: TheServices, caller: TheCaller
 ) -> Model:

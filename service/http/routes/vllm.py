@@ -12,14 +12,23 @@ from service.errors import InvalidRequest
 from service.http.adapters.changes import delete_adapter, put_adapter
 from service.http.adapters.load_folder import copy_from
 from service.http.not_served import NotServed
-from service.http.routes.common import ADAPTER_NAME, NAME_SCHEMA, TheCaller, TheServices, needs, openai_errors, plain_text
+from service.http.routes.common import (
+    ADAPTER_NAME,
+    NAME_SCHEMA,
+    ONLY_KNOWN_QUERIES,
+    TheCaller,
+    TheServices,
+    needs,
+    openai_errors,
+    plain_text,
+)
 from service.http.schemas import Name, Switch, Text
 from service.keys import Scope
 
 router = APIRouter(
     prefix="/v1",
     tags=["vllm"],
-    dependencies=[needs(Scope.ADAPTERS_WRITE)],
+    dependencies=[needs(Scope.ADAPTERS_WRITE), ONLY_KNOWN_QUERIES],
     responses=openai_errors(401, 403, 404, 408, 409, 413, 422, 429, 503, 507),
 )
 
