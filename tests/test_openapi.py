@@ -30,7 +30,8 @@ def test_every_route_does_what_the_document_says(tmp_path: Path) -> None:
         url = str(server.client.base_url).rstrip("/")
         command = [
             str(python.with_name("st")), "run", f"{url}/openapi.json", "--url", url, "--max-examples", "15", "--seed", "1",
-            "--phases", "examples,coverage,fuzzing", "--continue-on-failure", "-H", f"Authorization: Bearer {key.token}",
+            "--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--request-timeout", "600",
+            "-H", f"Authorization: Bearer {key.token}",
         ]  # fmt: skip
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, done.stdout[-10_000:]

@@ -17,6 +17,8 @@ ANSWERS = {200, 201, 400, 408, 413, 415, 422, 431}
 WARM_UP_SHARE = 0.25
 """Of the uploads, after which the memory in use is taken as the server's own."""
 GROWTH_BYTES = 48 << 20
+PATIENCE_S = 600
+"""For an answer: longer than a busy machine ever takes, and shorter than the test may."""
 
 
 def send(port: int, upload: Upload) -> int | None:
@@ -24,7 +26,7 @@ def send(port: int, upload: Upload) -> int | None:
     length = len(upload.body)
     name = "fuzz" if upload.kept is None else "broken"  # which is claimed until the server has noticed
     head = f"PUT /adapters/{name} HTTP/1.1\r\nHost: x\r\nContent-Type: {upload.content_type}\r\nContent-Length: {length}\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
         connection.sendall(f"{head}Connection: close\r\n\r\n".encode("latin-1"))
         answer = b""
         with suppress(BrokenPipeError, ConnectionResetError):  # refused by its head, and closed while the rest was on its way
@@ -45,7 +47,7 @@ def test_whatever_is_uploaded_the_server_goes_on(
     limits = {"max_adapter_bytes": "1MiB", "max_adapters": 4}
     answers: Counter[int | None] = Counter()
     with ServerProcess({**SMALL, **limits, "model": model_folder, "adapters_dir": store}, tmp_path / "log") as server:
-        with httpx.Client(base_url=server.url, timeout=60) as http:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
             client = Client(http)
             client.put("sound", adapter_folders[0]).raise_for_status()
             before, text = client.versions(), client.text(adapter_id="sound", rank=8)
