@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("latency", "service.latency", "sweep cache start"),
     ("around the engine", "service.http", "error_table metrics limits tenants shadow tracing latencies"),
     ("a request's events", "service.http.generation", "stream tracking measurement"),
-    ("adapters held", "service.http.adapters", "registry load_folder uploads calibration"),
+    ("adapters held", "service.http.adapters", "served_adapter registry load_folder uploads calibration"),
     ("what all share", "service.http", "services not_served schemas"),
     ("adapters changed", "service.http.adapters", "changes schemas"),
     ("a request", "service.http.generation", "selection arrival fan_out token_limits choice submit served"),

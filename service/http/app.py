@@ -16,7 +16,8 @@ from adapters.store.store import AdapterStore
 from service.core import EngineProtocol
 from service.errors import ServiceError
 from service.http.adapters.calibration import Calibrations
-from service.http.adapters.registry import AdapterRegistry, ServedAdapter
+from service.http.adapters.registry import AdapterRegistry
+from service.http.adapters.served_adapter import ServedAdapter
 from service.http.asgi.auth import Authentication
 from service.http.asgi.middleware import REQUEST_ID_HEADER, BodyLimit, HeadAsGet, RequestIds
 from service.http.asgi.refusals import NOBODY_TO_ANSWER, refuse, refuse_error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from service.http.adapters.registry import ServedAdapter
+from service.http.adapters.served_adapter import ServedAdapter
 from service.http.services import Services
 
 

@@ -5,8 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -14,67 +13,18 @@ from typing import Protocol
 from adapters.adapter import Adapter
 from adapters.checkpoint import write_peft
 from adapters.errors import AdapterBusy, AdapterError, InvalidName
-from adapters.nesting import energy_per_rank, export_rank
+from adapters.nesting import export_rank
 from adapters.quality import QualityProfile
 from adapters.store.archive import pack_zip
 from adapters.store.store import AdapterStore
 from adapters.store.stored import StoredAdapter, check_name
-from service.core import AdapterChoice, EngineProtocol
+from service.core import EngineProtocol
 from service.errors import AdapterUnfit, NameTaken, NotReady, UnknownAdapter
-from service.rank.quality_curve import energy_prior
+from service.http.adapters.served_adapter import AdapterState, ServedAdapter
 from service.rank.rank_policy import RankFacts
 
 RESERVED_NAMES = ("other",)
 """A value of metric labels, which an adapter of that name would be confused with; the store reserves "base" itself."""
-
-
-class AdapterState(StrEnum):
-    """Whether a stored adapter can be served."""
-
-    READY = "ready"
-    UNFIT = "unfit"
-    """Stored, but it does not fit the base model, or its files no longer read; `problem` says why."""
-
-
-@dataclass(frozen=True)
-class ServedAdapter:
-    """A stored adapter and how it stands with this engine.
-
-    Attributes:
-        stored: None where its files could not even be described.
-        facts: what rank policies need of it.
-        bytes_at: legal rank to the bytes of the factors at that rank.
-        problem: why it is unfit, None when it is ready.
-        owner: name of the API key that alone may see it; None for a shared adapter.
-    """
-
-    name: str
-    stored: StoredAdapter | None
-    state: AdapterState
-    facts: RankFacts
-    problem: str | None = None
-    owner: str | None = None
-    bytes_at: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-
-    def is_visible_to(self, viewer: str) -> bool:
-        """Whether a caller, by the name of its key, may know of it."""
-        return self.owner is None or self.owner == viewer
-
-    @property
-    def version(self) -> str:
-        """Digest of its content; "" where that is not known."""
-        return self.stored.version if self.stored else ""
-
-    def choice(self, rank: int) -> AdapterChoice:
-        """What the engine is told.
-
-        Raises:
-            AdapterUnfit: there is nothing to serve.
-            IllegalRank: the adapter does not have this rank.
-        """
-        if self.stored is None:
-            raise AdapterUnfit(self.name, self.problem or "its files can't be read")
-        return AdapterChoice(self.version, rank, self.stored.config.scale(rank))
 
 
 class RegistryObserver(Protocol):
@@ -227,7 +177,7 @@ class AdapterRegistry:
             started_at = time.perf_counter()
             self._engine.load(stored.version, adapter)
             seconds = time.perf_counter() - started_at
-            taken.append(self._ready(stored, adapter))
+            taken.append(ServedAdapter.ready(stored, adapter, self._engine.model.parameters))
 
         with self._change:
             is_new = name not in self._served
@@ -309,7 +259,7 @@ class AdapterRegistry:
             facts = RankFacts(stored.config.ranks)
             return ServedAdapter(stored.name, stored, AdapterState.UNFIT, facts, str(error), stored.owner)
         self._observer.adapter_loaded(stored.name, stored.quality, time.perf_counter() - started_at)
-        return self._ready(stored, adapter)
+        return ServedAdapter.ready(stored, adapter, self._engine.model.parameters)
 
     def _check_not_anothers(self, name: str, viewer: str) -> None:
         served = self._served.get(name)
@@ -326,26 +276,3 @@ class AdapterRegistry:
         named = (s.version for s in self._served.values() if s.state is AdapterState.READY)
         if version not in named:
             self._engine.unload(version)
-
-    def _ready(self, stored: StoredAdapter, adapter: Adapter) -> ServedAdapter:
-        ranks = stored.config.ranks
-        parameters = {rank: parameters_at(adapter, rank) for rank in ranks}
-        prior = None
-        if stored.quality is None and adapter.modules:
-            prior = energy_prior(energy_per_rank(adapter).mean, ranks)
-        facts = RankFacts(ranks, stored.quality, parameters, self._engine.model.parameters, prior)
-        bytes_at = {rank: bytes_at_rank(adapter, rank) for rank in ranks}
-        return ServedAdapter(stored.name, stored, AdapterState.READY, facts, owner=stored.owner, bytes_at=bytes_at)
-
-
-def parameters_at(adapter: Adapter, rank: int) -> int:
-    """Numbers in the factors that a token meets at a rank: its work, next to the base model's parameters."""
-    return sum(min(rank, m.rank) * (m.a.shape[1] + m.b.shape[0]) for m in adapter.modules.values())
-
-
-def bytes_at_rank(adapter: Adapter, rank: int) -> int:
-    """Bytes of the factors at a rank."""
-    return sum(
-        min(rank, m.rank) * (m.a.shape[1] * m.a.element_size() + m.b.shape[0] * m.b.element_size())
-        for m in adapter.modules.values()
-    )

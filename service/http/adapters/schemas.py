@@ -4,7 +4,7 @@ from pydantic import BaseModel, Field
 
 from adapters.config import AdapterKind
 from adapters.quality import QualityProfile
-from service.http.adapters.registry import AdapterState, ServedAdapter
+from service.http.adapters.served_adapter import AdapterState, ServedAdapter
 
 
 class QualityOut(BaseModel):

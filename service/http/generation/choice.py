@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from service.core import SamplingParams
 from service.errors import SloUnattainable
-from service.http.adapters.registry import ServedAdapter
+from service.http.adapters.served_adapter import ServedAdapter
 from service.http.generation.measurement import Measurement
 from service.http.generation.selection import Selection
 from service.http.metrics import BASE_LABEL

@@ -11,7 +11,7 @@ from anyio import CapacityLimiter, to_thread
 
 from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams, TokenEvent
 from service.errors import InvalidRequest, UnknownAdapter
-from service.http.adapters.registry import ServedAdapter
+from service.http.adapters.served_adapter import ServedAdapter
 from service.http.generation.arrival import Arrival
 from service.http.generation.choice import Choice, ask_of, choose, largest, monotonic_of
 from service.http.generation.fan_out import FanOut, sequence_seed

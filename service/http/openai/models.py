@@ -1,7 +1,7 @@
 """What `model` may name."""
 
-from service.http.adapters.registry import AdapterState, ServedAdapter
 from service.http.adapters.schemas import QualityOut
+from service.http.adapters.served_adapter import AdapterState, ServedAdapter
 from service.http.generation.selection import select
 from service.http.openai.answer_schemas import Model
 from service.http.services import Services
