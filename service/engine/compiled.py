@@ -10,8 +10,10 @@ import logging
 import os
 import shutil
 import time
+from typing import Any
 
 from torch import nn
+from torch.fx.experimental import _config
 
 from service.core import Compile
 from service.engine.model import LoadedModel
@@ -23,6 +25,7 @@ GRAPHS_PER_KIND = 2
 _WORTH_IT_PARAMETERS = 50_000_000
 """Below, eager steps take so few milliseconds that a start without half a minute of compilation is worth more."""
 
+_shapes: Any = _config  # which gets its `patch` when it is imported
 _OPTIONS = {"size_asserts": False}  # checks of every buffer in Python: a millisecond of a step
 
 
@@ -65,10 +68,14 @@ class CompiledBlocks:
             log.info("%s has no list of blocks: it runs without compilation", self._name)
         else:
             log.info("compiling %s, whose %d blocks share their graphs", self._name, len(self._blocks))
+        # Else sizes that are equal when a graph is made are taken to be so always: rows and a head's dimensions, by chance.
+        self._patch = _shapes.patch(use_duck_shape=False)
+        self._patch.__enter__()
         for block in self._blocks.values():
             block.compile(dynamic=True, fullgraph=True, options=_OPTIONS)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        self._patch.__exit__(None, None, None)
         if error is None:
             if self._blocks:
                 log.info("compiled in %.1f s", time.monotonic() - self._started)
