@@ -1,12 +1,15 @@
 """Tokens per second at several numbers of rows, all engines taking turns."""
 
 import statistics
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from loadtests import workload
 from loadtests.bench.contenders import Contender
 from loadtests.bench.figures import Figures
+
+_PAUSE_S = 1.5
 
 
 class Point(NamedTuple):
@@ -20,12 +23,17 @@ def compare_rates(contenders: Sequence[Contender], modes: Sequence[str], batch: 
     """Let every engine do every kind of work that it can, and the first be compared with itself and the others.
 
     They take turns inside each round, so that a machine whose speed drifts slows all of them, and the medians of ratios hold
-    where absolute figures do not. The first round, which warms up, is not counted.
+    where absolute figures do not. The first round, which warms up, is not counted. Between two engines
+    there is a pause: the threads of some look for work a second longer (vLLM's on 0.8 of a core).
     """
     points = [Point(each, mode) for each in contenders for mode in modes if mode in each.modes]
     seconds: dict[Point, list[float]] = {point: [] for point in points}
+    last = points[0].contender
     for number in range(rounds + 1):
         for point in points:
+            if point.contender is not last:
+                time.sleep(_PAUSE_S)
+                last = point.contender
             took = point.contender.run(point.mode, batch)
             if number:
                 seconds[point].append(took)
