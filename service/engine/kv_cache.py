@@ -52,16 +52,19 @@ class CacheRoom:
     dtype: torch.dtype
     device: torch.device
 
-    def tensors(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """Each layer's keys and values, [blocks, block_tokens, kv_heads, dim]."""
+    def tensors(self, kernels: Kernels | None = None) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Each layer's keys and values, [blocks, block_tokens, kv_heads, dim]; in large pages by the kernels, if given."""
+
+        def zeros(heads: int, dim: int) -> Tensor:
+            shape = (self.total_blocks, self.block_tokens, heads, dim)
+            held = torch.empty(shape, dtype=self.dtype, device=self.device)
+            # Not garbage: padded positions are read and weighted with 0, and 0 * NaN is NaN.
+            return (held if kernels is None else kernels.in_large_pages(held)).zero_()
+
         return {
-            module: (self._zeros(shape.kv_heads, shape.head_dim), self._zeros(shape.kv_heads, shape.value_dim))
+            module: (zeros(shape.kv_heads, shape.head_dim), zeros(shape.kv_heads, shape.value_dim))
             for module, shape in self.layers.items()
         }
-
-    def _zeros(self, heads: int, dim: int) -> Tensor:
-        # Not garbage: padded positions are read and weighted with 0, and 0 * NaN is NaN.
-        return torch.zeros(self.total_blocks, self.block_tokens, heads, dim, dtype=self.dtype, device=self.device)
 
 
 class KVCache:
@@ -75,7 +78,7 @@ class KVCache:
         is_served = room.dtype is torch.float32 and room.device.type == "cpu" and not any(dim % LANES for dim in dims)
         self._kernels = kernels if is_served else None
         self._scratch = Scratch()
-        self._layers = room.tensors()
+        self._layers = room.tensors(self._kernels)
 
     @staticmethod
     def token_bytes(layers: Mapping[nn.Module, LayerShape], dtype: torch.dtype) -> int:

@@ -6,7 +6,8 @@
 #include "attention.h"
 #include "vectors.h"
 
-#define LINE 16 /* floats that come from memory together */
+#define LINE 16     /* floats that come from memory together */
+#define MANY_ROWS 8 /* from which on a thread takes all heads of a row */
 
 void dylora_write_cache(const float *key, long key_row, long key_head, const float *value, long value_row, long value_head,
                         const long *slots, long rows, long kv_heads, long dim, long value_dim, float *keys, float *values) {
@@ -46,16 +47,16 @@ SCORES(1) SCORES(2) SCORES(3) SCORES(4)
 typedef void scores(const float *, long, const float *, long, float *, long);
 static scores *const scores_of[] = {0, scores_1, scores_2, scores_3, scores_4};
 
-/* out[g] = sum over positions of weight[g][position] * value[position], two vectors of the value's dimensions at a time. */
+/* out[g] = sum over positions of weight[g][position] * value[position][from ..], two vectors of dimensions at a time. */
 #define BLENDS(COUNT)                                                                                                    \
-    static void blend_##COUNT(const float *weights, long stride, const float *const *value, long length, long dim,       \
-                              float *out, long out_head) {                                                               \
+    static void blend_##COUNT(const float *weights, long stride, const float *const *value, long from, long length,      \
+                              long dim, float *out, long out_head) {                                                     \
         for (long d = 0; d < dim; d += 2 * LANES) {                                                                      \
             long other = d + LANES < dim ? LANES : 0; /* of a last single vector, both compute the same */               \
             vec sum[COUNT][2];                                                                                           \
             UNROLLED for (int g = 0; g < COUNT; g++) sum[g][0] = sum[g][1] = all(0);                                     \
             for (long at = 0; at < length; at++) {                                                                       \
-                vec v0 = load(value[at] + d), v1 = load(value[at] + d + other);                                          \
+                vec v0 = load(value[at] + from + d), v1 = load(value[at] + from + d + other);                            \
                 UNROLLED for (int g = 0; g < COUNT; g++) {                                                               \
                     vec weight = all(weights[g * stride + at]);                                                          \
                     sum[g][0] += weight * v0;                                                                            \
@@ -69,7 +70,7 @@ static scores *const scores_of[] = {0, scores_1, scores_2, scores_3, scores_4};
         }                                                                                                                \
     }
 BLENDS(1) BLENDS(2) BLENDS(3) BLENDS(4)
-typedef void blends(const float *, long, const float *const *, long, long, float *, long);
+typedef void blends(const float *, long, const float *const *, long, long, long, float *, long);
 static blends *const blend_of[] = {0, blend_1, blend_2, blend_3, blend_4};
 
 static void softmax(float *values, long length) {
@@ -87,40 +88,53 @@ static void softmax(float *values, long length) {
     for (long i = 0; i < length; i++) values[i] *= share;
 }
 
+/* One row's key/value heads from `first` to `end`. */
+static void attend_row(const struct attention *a, long row, long first, long end, long stride) {
+    const struct seen *seen = &a->seen;
+    const long *table = seen->tables + row * seen->table_width;
+    long group = a->heads / a->kv_heads, own = seen->query_rows[row], ends = seen->ends[row];
+    long begin = a->window && ends > a->window ? ends - a->window : 0, length = ends - begin;
+    float *weights = scratch((size_t)stride * ((end - first) * group + 2)); /* [heads, stride] */
+    const float **value = (const float **)(weights + stride * (end - first) * group);
+    const float *query = a->query + own * a->query_row;
+    /* Counted along: a division for each position would cost half as much as all else of it. */
+    long block = begin / seen->block_tokens, inside = begin % seen->block_tokens;
+    for (long at = 0; at < length; at++, inside++) {
+        if (inside == seen->block_tokens) block++, inside = 0;
+        long slot = table[block] * seen->block_tokens + inside;
+        value[at] = a->values + (slot * a->kv_heads + first) * a->value_dim;
+        /* From memory, as each step reads what no cache holds; the values while there is work left to do. */
+        for (long d = 0; d < (end - first) * a->value_dim; d += LINE) __builtin_prefetch(value[at] + d);
+        for (long head = first; head < end; head++)
+            for (long g = 0; g < group; g += QUERIES)
+                scores_of[at_most(QUERIES, group - g)](query + (head * group + g) * a->query_head, a->query_head,
+                                                       a->keys + (slot * a->kv_heads + head) * a->dim, a->dim,
+                                                       weights + ((head - first) * group + g) * stride + at, stride);
+    }
+    for (long h = 0; h < (end - first) * group; h++) {
+        float *scores = weights + h * stride;
+        for (long at = 0; at < length; at++)
+            scores[at] = a->softcap ? a->softcap * tanhf(scores[at] * (a->scale / a->softcap)) : scores[at] * a->scale;
+        softmax(scores, length);
+    }
+    for (long head = first; head < end; head++)
+        for (long g = 0; g < group; g += QUERIES)
+            blend_of[at_most(QUERIES, group - g)](weights + ((head - first) * group + g) * stride, stride, value,
+                                                  (head - first) * a->value_dim, length, a->value_dim,
+                                                  a->out + (own * a->heads + head * group + g) * a->value_dim, a->value_dim);
+}
+
 void dylora_attend_together(const struct attention *a) {
     const struct seen *seen = &a->seen;
-    long group = a->heads / a->kv_heads, longest = 0, items = seen->rows * a->kv_heads;
+    long longest = 0;
     for (long row = 0; row < seen->rows; row++) longest = seen->ends[row] > longest ? seen->ends[row] : longest;
-    long stride = (longest + LANES) / LANES * LANES, at_once = items < 64 ? 1 : 4;
-#pragma omp for schedule(dynamic, at_once) nowait
-    for (long item = 0; item < items; item++) {
-        long row = item / a->kv_heads, head = item % a->kv_heads, own = seen->query_rows[row], end = seen->ends[row];
-        long begin = a->window && end > a->window ? end - a->window : 0, length = end - begin;
-        float *weights = scratch((size_t)stride * (QUERIES + 2));
-        const float **value = (const float **)(weights + stride * QUERIES);
-        for (long first = 0; first < group; first += QUERIES) {
-            long count = at_most(QUERIES, group - first), q_head = head * group + first;
-            const float *q = a->query + own * a->query_row + q_head * a->query_head;
-            /* Counted along: a division for each position would cost half as much as all else of it. */
-            long block = begin / seen->block_tokens, inside = begin % seen->block_tokens;
-            for (long at = 0; at < length; at++, inside++) {
-                if (inside == seen->block_tokens) block++, inside = 0;
-                long slot = seen->tables[row * seen->table_width + block] * seen->block_tokens + inside;
-                const float *key = a->keys + (slot * a->kv_heads + head) * a->dim;
-                value[at] = a->values + (slot * a->kv_heads + head) * a->value_dim;
-                /* From memory, as each step reads what no cache holds; the values while there is work left to do. */
-                for (long d = 0; d < a->value_dim; d += LINE) __builtin_prefetch(value[at] + d);
-                scores_of[count](q, a->query_head, key, a->dim, weights + at, stride);
-            }
-            for (long g = 0; g < count; g++) {
-                float *scores = weights + g * stride;
-                for (long at = 0; at < length; at++)
-                    scores[at] = a->softcap ? a->softcap * tanhf(scores[at] * (a->scale / a->softcap)) : scores[at] * a->scale;
-                softmax(scores, length);
-            }
-            float *to = a->out + (own * a->heads + q_head) * a->value_dim;
-            blend_of[count](weights, stride, value, length, a->value_dim, to, a->value_dim);
-        }
+    long stride = (longest + LANES) / LANES * LANES;
+    /* Heads of a position stand together in memory, so whoever has rows enough for all threads takes them together. */
+    long parts = seen->rows < MANY_ROWS ? a->kv_heads : 1, heads = a->kv_heads / parts;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (long item = 0; item < seen->rows * parts; item++) {
+        long first = item % parts * heads;
+        attend_row(a, item / parts, first, first + heads, stride);
     }
 }
 
