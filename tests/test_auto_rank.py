@@ -1,11 +1,14 @@
 """One price for all that is in flight: when it rises, when it falls, and whose rank follows it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import pytest
 
 from adapters.quality import Metric, QualityProfile
 from service.core import Mode, StepReport
-from service.rank.auto_rank import FALL_S, AutoRank, Price
-from service.rank.ladder import LEVELS, constant, ladder
+from service.rank.auto_rank import AutoRank, Price
+from service.rank.ladder import TOP, constant, kept_quality, ladder
 from service.rank.load import InFlight
 from service.rank.prospect import Ask, EngineSizes
 from service.rank.rank_policy import RankFacts
@@ -106,23 +109,37 @@ def test_the_price_is_not_raised_where_that_saves_nothing() -> None:
     assert machine.auto_rank.price.now == 0
 
 
+def test_one_that_only_the_smallest_ranks_could_save_does_not_take_them_from_all() -> None:
+    machine = Machine()
+    machine.add(30, due_s=60.0)
+    least_s = machine.auto_rank.predict("own", Ask(40, NEW_TOKENS), 0.0)
+    assert least_s is not None
+    machine.add(1, due_s=1.05 * least_s.at(STEPS[TOP], TOP).latency_ms / 1000)
+    machine.step()
+    assert machine.live[0].rank > 1
+    quality = QUALITY[machine.live[0].rank] / QUALITY[64]
+    assert 31 * quality > 28, "it is worth four answers at most, its own and IN_TIME"
+
+
 def test_when_the_load_goes_the_ranks_rise_again() -> None:
     machine = Machine()
     machine.add(40, due_s=2.7)
     machine.step()
-    fallen = machine.live[0].rank
-    assert fallen < 64
+    assert machine.live[0].rank < 64
     for each in machine.live[1:]:
         machine.auto_rank.book.remove(each)
     del machine.live[1:]
     machine.live[0].due_at = machine.now + 60
-    ranks = []
-    for _ in range(3 * LEVELS):
-        machine.live[0].generated = 1  # it never ends
-        machine.step()
-        ranks.append(machine.live[0].rank)
-    assert ranks == sorted(ranks)
-    assert ranks[-1] == 64 > ranks[0] >= fallen, "slowly"
+    machine.step()
+    assert machine.live[0].rank == 64
+
+
+@pytest.mark.parametrize("ranks", [RANKS, range(1, 65)])
+def test_what_a_price_leaves_of_the_quality_is_read_off_the_ladder(ranks: Sequence[int]) -> None:
+    quality = {rank: 1 - 0.3 * rank**-0.5 for rank in ranks}
+    steps = ladder(ranks, quality)
+    assert kept_quality(steps) == pytest.approx([quality[rank] / quality[64] for rank in steps], abs=0.015)
+    assert set(kept_quality(constant(4))) == {1.0}
 
 
 def test_merged_weights_leave_every_rank_as_it_is() -> None:
@@ -134,16 +151,10 @@ def test_merged_weights_leave_every_rank_as_it_is() -> None:
     assert not any(machine.told.values())
 
 
-def test_the_price_rises_at_once_and_falls_slowly_and_longer_for_who_keeps_a_rank() -> None:
+def test_the_highest_price_is_held_for_who_keeps_a_rank_and_falls_slowly() -> None:
     price = Price()
     price.move(20, at=1.0)
     assert (price.now, price.held) == (20, 20.0)
-    price.move(0, at=1.0 + FALL_S / 2)
-    assert price.now == 20
-    price.move(0, at=1.0 + 1.1 * FALL_S)
-    assert price.now == 19
-    price.move(0, at=1.0 + 5.6 * FALL_S)
-    assert price.now == 15
     price.move(0, at=3.0)
     assert price.now == 0
     assert 18.0 < price.held < 19.0

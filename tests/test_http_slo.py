@@ -204,7 +204,7 @@ def test_nothing_stays_in_the_book(server: Server) -> None:
     assert server.engine.wait_until(lambda stats: not stats.running + stats.waiting)  # it gives up those it took
     book = server.services.auto_rank.book
     assert (book.in_flight, book.adapters, book.context_tokens, book.remaining_tokens) == (0, 0, 0, 0)
-    assert not book.columns.any() and not book.row_ranks.any() and not book.due and not book.movable
+    assert not book.columns.any() and not book.row_ranks.any() and not book.requests
     assert server.metric("dylora_slo_total", policy="latency", met="false") == 1
 
 

@@ -55,7 +55,8 @@ def prediction(load: Loads = BUSY, ask: Ask = ASK, *, safety: float = 1.0, merge
 
 
 def best(made: Prediction, slo: Slo, quality: Mapping[int, float] = RISING, *, is_elastic: bool = True) -> int | None:
-    return best_rank(made, slo, RANKS, ladder(RANKS, quality), quality, is_elastic=is_elastic)
+    choice = best_rank(made, slo, RANKS, ladder(RANKS, quality), quality, is_elastic=is_elastic)
+    return None if choice is None else choice.rank
 
 
 @settings(max_examples=100)
@@ -113,7 +114,9 @@ def test_a_tight_slo_under_load_takes_a_lower_rank() -> None:
 
 def test_where_rank_does_not_move_latency_the_full_rank_is_given() -> None:
     """One adapter alone: 64 columns are nothing on this machine."""
-    assert best(prediction([]), Slo(1.0)) == 64
+    short = Slo(0.9 * prediction([]).at(1, TOP).latency_ms)
+    decision = chosen(short, prediction([]))
+    assert (decision.rank, decision.reason) == (64, RankReason.DEFAULT), "nothing to choose by, and no promise"
 
 
 def test_the_price_of_those_in_flight_is_paid_and_one_that_keeps_its_rank_pays_the_one_held() -> None:
@@ -189,6 +192,7 @@ def test_at_the_floor_it_serves_or_refuses() -> None:
     short = Slo(made.at(4, TOP).latency_ms - 1)
     served = chosen(short, made, floor=4)
     assert (served.rank, served.reason) == (4, RankReason.FLOOR)
+    assert not served.is_elastic and set(served.ladder) == {4}, "what the reason says stays true"
     with pytest.raises(SloUnattainable, match="at rank 4, beside the 31 requests in flight, the prediction is") as refused:
         chosen(short, made, floor=4, when_unattainable=WhenUnattainable.REFUSE)
     assert refused.value.attainable == made.at(4, TOP)
@@ -200,6 +204,21 @@ def test_what_an_idle_server_might_miss_is_tried() -> None:
     idle = prediction([], safety=3.0)
     slo = Slo(idle.at(1).latency_ms)
     assert chosen(slo, idle, when_unattainable=WhenUnattainable.REFUSE).rank in RANKS
+
+
+@settings(max_examples=100)
+@given(LOADS, ASKS, SLOS, st.booleans(), st.integers(0, TOP), st.floats(1, 1.5))
+def test_by_slo_means_predicted_to_be_in_time(
+    load: Loads, ask: Ask, slo: Slo, elastic: bool, price: int, safety: float
+) -> None:
+    made = replace(prediction(load, ask, safety=safety), price=price, held_price=price)
+    try:
+        decision = chosen(slo, made, elastic=elastic)
+    except SloUnattainable:
+        return
+    if not slo.is_empty:
+        assert decision.predicted is not None
+        assert (decision.reason is RankReason.SLO) == slo.is_met_by(decision.predicted)
 
 
 @pytest.mark.parametrize("slo", [Slo(latency_ms=1), Slo(ttft_ms=1), Slo(itl_ms=1)])

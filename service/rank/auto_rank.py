@@ -1,32 +1,26 @@
 """The rank of every request that leaves it open, before and while it runs: one price of a column for all.
 
-After each step the lowest price is looked for at which all requests in flight are predicted to be on time. It rises at once
-and falls slowly. Requests whose policy is elastic move along their ladders with it; one that keeps its rank is chosen by the
-highest price of the last minute, so that a calm moment does not take what the next burst needs.
+After each step of the engine the price is set that leaves the most quality in time (`price`). Requests whose policy is elastic
+move along their ladders with it; one that keeps its rank is chosen by the highest price of the last minute, so that a calm
+moment does not take what the next burst needs.
 """
 
-import math
 import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from service.core import AdapterChoice, Mode, StepReport
-from service.rank.ladder import LEVELS, TOP
+from service.rank.ladder import LEVELS
 from service.rank.latency_model import LatencyModel
-from service.rank.latency_policy import Prediction, lowest_price
+from service.rank.latency_policy import Prediction
 from service.rank.load import LoadBook
+from service.rank.price import best_level
 from service.rank.prospect import Ask, EngineSizes, NotReady, Outlook, Prospect
 from service.rank.safety import SafetyFactor
 from service.settings import Settings
 
-FALL_S = 0.05
-"""The price falls by one level in this time."""
 HOLD_S = 60.0
 """For a request that keeps its rank the price falls from the highest to none in this time."""
-
-
-SPARED_S = 5.0
-"""How long a slow step is felt: by those who run, and by those who come and find them still there."""
 
 
 @dataclass
@@ -40,16 +34,13 @@ class Price:
 
     now: int = 0
     held: float = 0.0
-    _fell_at: float = 0.0
     _moved_at: float = 0.0
 
-    def move(self, needed: int, at: float) -> None:
-        """Up at once, down slowly."""
-        self.held = max(float(needed), self.held - (at - self._moved_at) * LEVELS / HOLD_S)
+    def move(self, level: int, at: float) -> None:
+        """Set it; the one that is held falls slowly."""
+        self.now = level
+        self.held = max(float(level), self.held - (at - self._moved_at) * LEVELS / HOLD_S)
         self._moved_at = at
-        falls = int((at - self._fell_at) / FALL_S)
-        if needed >= self.now or falls:
-            self.now, self._fell_at = max(needed, self.now - falls), at
 
 
 @dataclass
@@ -62,7 +53,6 @@ class AutoRank:
         safety: on what is predicted.
         book: the requests in flight.
         clock: seconds that only grow; all moments are of it.
-        spared_s: seconds of the last SPARED_S that the smallest ranks would have saved while somebody had objectives.
     """
 
     model: LatencyModel
@@ -71,7 +61,6 @@ class AutoRank:
     book: LoadBook = field(default_factory=LoadBook)
     clock: Callable[[], float] = time.monotonic
     price: Price = field(default_factory=Price)
-    spared_s: float = 0.0
     _prospects: dict[Mode, Prospect] = field(default_factory=dict)
     """Of the load after the last step, as far as they were asked for."""
 
@@ -86,13 +75,13 @@ class AutoRank:
         self.model.on_step(report)
         with self.book.lock:
             self._prospects.clear()
-            self._reprice(report.seconds)
+            self._reprice()
             # Merged weights cost the same at every rank.
             is_free = report.mode is Mode.MERGED and self.book.only_pair is not None
-            changes = [] if is_free else [(each, each.ladder[self.price.now]) for each in self.book.movable]
-        for request, rank in changes:
-            if rank != request.rank:
-                self.book.change_rank(request, rank)
+            level = self.price.now
+            changes = [] if is_free else [each for each in self.book.movable if each.rank != each.ladder[level]]
+        for each in changes:
+            self.book.change_rank(each, each.ladder[level])
 
     def on_merge(self, seconds: float) -> None:
         """Nothing: merges are made beside the steps, and slow those that they slow."""
@@ -115,7 +104,7 @@ class AutoRank:
                 as_merged = self._prospect(Mode.MERGED, now, ask) if ranks else None
             except NotReady:
                 return None
-            if not self.book.due:
+            if not self.book.requests:
                 self.price.move(0, now)
             elapsed_s, own = now - arrived_at, self.book.columns_of(version)
             return Prediction(
@@ -150,14 +139,10 @@ class AutoRank:
             return frozenset()
         return frozenset(each.rank for each in merged if each.version == version and (not pair or each.rank == pair[1]))
 
-    def _reprice(self, step_s: float) -> None:
-        now, needed = self.clock(), 0
-        if self.book.due:
-            try:
-                prospect = self._prospect(Mode.MIXED if self.book.adapters else Mode.BASE, now)
-            except NotReady:
-                return
-            spared_s = step_s * (1 - prospect.gap_s[TOP] / prospect.gap_s[self.price.now])
-            self.spared_s = spared_s + self.spared_s * math.exp(-step_s / SPARED_S)
-            needed = lowest_price(prospect, self.book.due, now, self.safety.value)
-        self.price.move(needed, now)
+    def _reprice(self) -> None:
+        now = self.clock()
+        try:
+            prospect = self._prospect(Mode.MIXED if self.book.adapters else Mode.BASE, now)
+        except NotReady:
+            return
+        self.price.move(best_level(prospect, self.book.requests, now, self.safety.value), now)

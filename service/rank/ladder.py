@@ -7,6 +7,10 @@ requests could make both better. Quality is relative to the adapter's best, sinc
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 LEVELS = 40
 """Prices that are told apart: none, then rising by a third each, and one that nothing is worth."""
@@ -15,6 +19,9 @@ _STEPS = LEVELS - 3
 PRICES = (0.0, *(_CHEAPEST * (_DEAREST / _CHEAPEST) ** (number / _STEPS) for number in range(_STEPS + 1)), float("inf"))
 """Relative quality for one unit of rank."""
 TOP = LEVELS - 1
+
+Floats = NDArray[np.float64]
+"""One number for each price.  # [LEVELS]"""
 
 Ladder = tuple[int, ...]
 """The rank to take at each of PRICES; never rises. Of a request that keeps its rank, and of the base (0), it is constant."""
@@ -35,6 +42,19 @@ def ladder(ranks: Sequence[int], quality: Mapping[int, float]) -> Ladder:
         return max(relative, key=lambda each: (each[1] - price * each[0], -each[0]))[0]
 
     return (*(bought(price) for price in PRICES[:-1]), ranks[0])
+
+
+@lru_cache(maxsize=4096)
+def kept_quality(steps: Ladder) -> Floats:
+    """The share of the quality without a price that is kept at each price.
+
+    A rank is given up at the price that its quality is worth, so what is lost is the sum of the ranks given up times their
+    prices: between two of PRICES, their geometric mean.
+    """
+    prices = np.array(PRICES[:-1])
+    between = np.sqrt(prices[1:] * prices[:-1])
+    lost = np.concatenate([[0.0], np.cumsum(-np.diff(steps) * np.append(between, _DEAREST))])
+    return np.maximum(1.0 - lost, 0.0)
 
 
 def constant(rank: int) -> Ladder:

@@ -1,17 +1,16 @@
 """The best rank that a deadline allows: a pure function of what is predicted, what is demanded and what each rank is worth."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.errors import SloUnattainable
 from service.rank.ladder import TOP, Ladder
-from service.rank.load import InFlight
-from service.rank.prospect import Outlook, Prospect
+from service.rank.price import NOTHING_GAINED
+from service.rank.prospect import Outlook
 from service.slo import Slo, Times
 
-NOTHING_GAINED = 0.02
-"""What saves less than this share of the time is not worth any quality."""
 HOPELESS = 0.5
 """An objective under this share of what is predicted of an idle server, at its smallest rank and for the shortest answer, is
 impossible, whatever the error of the prediction."""
@@ -52,6 +51,11 @@ class Prediction:
         """Whether the objectives are met even if all takes longer by the safety factor."""
         return slo.is_met_by(self.mixed.at(level, rank, self.safety))
 
+    def is_moved_by_rank(self, ladder: Ladder) -> bool:
+        """Whether any time is shorter at the highest price than at none, for it and for the others."""
+        least, most = self.mixed.at(TOP, ladder[TOP]), self.mixed.at(0, ladder[0])
+        return any(high > low * (1 + NOTHING_GAINED) for low, high in zip(least, most, strict=True))
+
     def check_possible(self, slo: Slo, rank: int, policy: str) -> None:
         """Refuse what not even an idle server could do at this rank.
 
@@ -69,6 +73,13 @@ def _hopeless(outlook: Outlook, rank: int) -> Times:
     return outlook.soonest(TOP, rank).times(Times(HOPELESS, HOPELESS, HOPELESS))
 
 
+class Choice(NamedTuple):
+    """A rank, and the times that are expected at it."""
+
+    rank: int
+    predicted: Times
+
+
 def best_rank(
     prediction: Prediction,
     slo: Slo,
@@ -77,12 +88,10 @@ def best_rank(
     quality: Mapping[int, float],
     *,
     is_elastic: bool,
-) -> int | None:
+) -> Choice | None:
     """The rank at the lowest price at which the request is predicted to meet its objectives, None where it is at none.
 
-    The price is at least the one that those in flight need. Of ranks of the same quality it is the one that is merged already.
-    Where rank does not move latency it is the best of all ranks, whatever is predicted: a smaller one would be worse and no
-    sooner.
+    The price is at least the one of those in flight. Of ranks of the same quality it is the one that is merged already.
 
     Args:
         ranks: those to choose from, ascending, at least one.
@@ -91,61 +100,28 @@ def best_rank(
         is_elastic: its rank may be changed while it runs.
     """
     least = prediction.price if is_elastic else max(prediction.price, prediction.held_price)
-    rank = _at_lowest_price(prediction, slo, ladder, least)
-    merged = _merged_rank(prediction, slo, ranks, quality) if prediction.merged_ranks else None
-    if merged is not None and (rank is None or quality[merged] >= quality[rank]):
+    level = _lowest_price(prediction, slo, ladder, least)
+    merged = _merged_choice(prediction, slo, ranks, quality) if prediction.merged_ranks else None
+    if merged is not None and (level is None or quality[merged.rank] >= quality[ladder[level]]):
         return merged
-    return rank
+    return None if level is None else Choice(ladder[level], prediction.mixed.at(level, ladder[level]))
 
 
-def _at_lowest_price(prediction: Prediction, slo: Slo, ladder: Ladder, least: int) -> int | None:
+def _lowest_price(prediction: Prediction, slo: Slo, ladder: Ladder, least: int) -> int | None:
+    """With the safety factor, or the highest price where it is in time only without."""
     if prediction.is_safe(slo, least, ladder[least]):
-        return ladder[least]
-    if _is_flat(prediction.mixed.at(TOP, ladder[TOP]), prediction.mixed.at(0, ladder[0])):
-        return ladder[0]
+        return least
     levels = range(least + 1, TOP + 1)
     at = bisect_left(levels, True, key=lambda level: prediction.is_safe(slo, level, ladder[level]))
-    return ladder[levels[at]] if at < len(levels) else None
+    if at < len(levels):
+        return levels[at]
+    return TOP if slo.is_met_by(prediction.mixed.at(TOP, ladder[TOP])) else None
 
 
-def lowest_price(prospect: Prospect, due: Iterable[InFlight], now: float, safety: float) -> int:
-    """The lowest level of the price at which all these requests are predicted to be on time.
-
-    What no price can save must not cost the others their ranks, nor does a price rise further where that saves next to nothing.
-
-    Args:
-        safety: the factor on what is still to come.
-    """
-    gaps = prospect.gap_s
-    top = next(level for level, gap_s in enumerate(gaps) if gap_s <= gaps[TOP] * (1 + NOTHING_GAINED))
-    tokens = prospect.waiting_prompt_tokens
-
-    def late(level: int, gap_s: float, factor: float) -> Callable[[InFlight], bool]:
-        gap_s *= factor
-        reading_s = factor * prospect.reading_s(tokens, level) if tokens else 0.0
-
-        def is_late(each: InFlight) -> bool:
-            remaining = each.new_tokens - each.generated
-            return (
-                (each.due_at is not None and now + reading_s + remaining * gap_s > each.due_at)
-                or (each.first_due_at is not None and not each.generated and now + reading_s > each.first_due_at)
-                or (each.gap_s is not None and gap_s > each.gap_s)
-            )
-
-        return is_late
-
-    is_lost = late(top, prospect.least_gap_s, 1.0)
-    hopeful = [each for each in due if not is_lost(each)]
-    return bisect_left(range(top), True, key=lambda level: any(map(late(level, gaps[level], safety), hopeful)) is False)
-
-
-def _merged_rank(prediction: Prediction, slo: Slo, ranks: Sequence[int], quality: Mapping[int, float]) -> int | None:
+def _merged_choice(prediction: Prediction, slo: Slo, ranks: Sequence[int], quality: Mapping[int, float]) -> Choice | None:
     """The best of the ranks that run merged, if it is predicted to be in time so."""
     merged = prediction.merged
     if merged is None or not slo.is_met_by(merged.at(0, 0, prediction.safety)):
         return None
-    return max(prediction.merged_ranks.intersection(ranks), key=quality.__getitem__, default=None)
-
-
-def _is_flat(least: Times, most: Times) -> bool:
-    return all(high <= low * (1 + NOTHING_GAINED) for low, high in zip(least, most, strict=True))
+    best = max(prediction.merged_ranks.intersection(ranks), key=quality.__getitem__, default=None)
+    return None if best is None else Choice(best, merged.at(0, 0))

@@ -8,12 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from service.rank.ladder import LEVELS, Ladder
-
-Floats = NDArray[np.float64]
-"""One number for each price.  # [LEVELS]"""
+from service.rank.ladder import LEVELS, Floats, Ladder, kept_quality
 
 TRAFFIC_S = 2.0
 """How long an arrival counts: short enough to notice a step of load, long enough to tell a rate."""
@@ -33,6 +29,8 @@ class InFlight:
         due_at, first_due_at: moments by which its last and its first token are due; None where there is no such objective.
         gap_s: the longest step that its inter-token objective allows, if it has one.
         change: how its rank is changed while it runs; None where it keeps the one that it began with.
+        generated: tokens that it has made.
+        worth: the share of its quality that each price leaves.
     """
 
     version: str | None
@@ -45,6 +43,10 @@ class InFlight:
     gap_s: float | None = None
     change: Callable[[int], None] | None = None
     generated: int = field(default=0, init=False)
+    worth: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.worth = kept_quality(self.ladder)
 
     @property
     def has_objectives(self) -> bool:
@@ -94,8 +96,7 @@ class LoadBook:
         remaining_tokens: the most that all may still make.
         columns: adapter columns that all would use at each price: the sum over adapters of the largest rank.
         row_ranks: sum of the ranks of all at each price.
-        due: the requests that have objectives.
-        movable: the requests whose rank may be changed.
+        requests: all in flight, in the order in which they came.
     """
 
     def __init__(self) -> None:
@@ -103,8 +104,7 @@ class LoadBook:
         self.decoding = self.waiting = self.waiting_prompt_tokens = 0
         self.context_tokens = self.remaining_tokens = 0
         self.columns, self.row_ranks = np.zeros(LEVELS), np.zeros(LEVELS)
-        self.due: set[InFlight] = set()
-        self.movable: set[InFlight] = set()
+        self.requests: dict[InFlight, None] = {}
         self._users: dict[str | None, _Users] = {}
         self._ranks: Counter[tuple[str | None, int]] = Counter()
         self._recent: deque[str | None] = deque(maxlen=_MOST_RECENT)
@@ -127,6 +127,11 @@ class LoadBook:
         """Adapter and rank that all in flight share, if they do."""
         return next(iter(self._ranks)) if len(self._ranks) == 1 else None
 
+    @property
+    def movable(self) -> list[InFlight]:
+        """Those whose rank may be changed."""
+        return [each for each in self.requests if each.change is not None]
+
     def columns_of(self, version: str | None) -> Floats | None:
         """Columns that the requests in flight of an adapter would use at each price; None where there are none."""
         users = self._users.get(version)
@@ -145,10 +150,7 @@ class LoadBook:
             self.waiting_prompt_tokens += request.prompt_tokens
             self.remaining_tokens += request.new_tokens
             self._count(request, 1)
-            if request.has_objectives:
-                self.due.add(request)
-            if request.change is not None:
-                self.movable.add(request)
+            self.requests[request] = None
 
     def token(self, request: InFlight) -> None:
         """It made a token."""
@@ -173,13 +175,12 @@ class LoadBook:
                 self.waiting_prompt_tokens -= request.prompt_tokens
             self.remaining_tokens -= request.new_tokens - request.generated
             self._count(request, -1)
-            self.due.discard(request)
-            self.movable.discard(request)
+            del self.requests[request]
 
     def change_rank(self, request: InFlight, rank: int) -> None:
         """Let it go on at another rank, unless it has ended."""
         with self.lock:
-            if request not in self.movable or request.change is None:
+            if request not in self.requests or request.change is None:
                 return
             self._count_rank(request, -1)
             request.rank = rank

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.core import Mode
-from service.rank.ladder import TOP
+from service.rank.ladder import Floats
 from service.rank.latency_model import LatencyModel, StepTime
-from service.rank.load import Floats, LoadBook, Traffic
+from service.rank.load import LoadBook, Traffic
 from service.slo import Times
 
 _LEAST_FREE = 0.1
@@ -43,9 +43,9 @@ class Prospect:
     Attributes:
         gap_s: seconds of a step in which all generate, at each price; where what arrives lately will make it slower, the mean
             of now and then.
-        least_gap_s: of one now, at the highest price.
         now_s: a step in which those generate that do so already.
         token_s: seconds that a prompt token adds to such a step, at each price.
+        chunk: prompt tokens that a step reads.
         line: of `gap_s`, for what one request adds to it.
         decoding, in_flight, waiting_prompt_tokens, remaining_tokens: as the book has them.
     """
@@ -69,11 +69,11 @@ class Prospect:
         rows = min(self.in_flight, sizes.max_running - 1)
         adapters = book.adapters
         context = book.context_tokens + book.waiting_prompt_tokens
-        self._chunk = sizes.max_batch_tokens - self.decoding
+        self.chunk = sizes.max_batch_tokens - self.decoding
         if self.decoding:
             entering = min(self.in_flight + 1, sizes.max_running) - self.decoding
-            self._chunk = min(self._chunk, sizes.prefill_chunk_tokens * entering + self.decoding)
-        chunk = self._chunk if self.decoding else min(self._chunk, max(1, book.waiting_prompt_tokens + prompt_tokens))
+            self.chunk = min(self.chunk, sizes.prefill_chunk_tokens * entering + self.decoding)
+        chunk = self.chunk if self.decoding else min(self.chunk, max(1, book.waiting_prompt_tokens + prompt_tokens))
 
         def step(decode_rows: int, tokens: int) -> StepTime:
             time = model.step_time(
@@ -95,13 +95,9 @@ class Prospect:
         with_chunk = with_chunk + reading.per_row_rank_s * (share * row_ranks + chunk * mean_ranks)
         token_s: Floats = np.maximum(with_chunk - now_s, 0.0) / chunk
         current: Floats = self.line.fixed_s + self.line.per_column_s * columns + self.line.per_row_rank_s * row_ranks
-        self.least_gap_s = float(current[TOP])
         if traffic.new_tokens_per_s > 0:
             current = np.maximum(current, (current + self._settled(step(1, 0), traffic, rows, token_s)) / 2)
-        # Lists, because what is read of them for a request is single numbers.
-        self.now_s: list[float] = now_s.tolist()
-        self.token_s: list[float] = token_s.tolist()
-        self.gap_s: list[float] = current.tolist()
+        self.now_s, self.token_s, self.gap_s = now_s, token_s, current
 
     def _settled(self, one: StepTime, traffic: Traffic, rows: int, token_s: Floats) -> Floats:
         """A step at the load that what arrives leads to. A slower step holds more requests, which make it slower still: by
@@ -119,13 +115,18 @@ class Prospect:
         settled: Floats = one.fixed_s / np.maximum(1 - taken, _LEAST_FREE)
         return settled
 
-    def reading_s(self, tokens: int, level: int) -> float:
-        """Seconds until so many prompt tokens are read, the rest of the step that runs included: in the mean half of it."""
-        return self.steps_to_read(tokens) * self.now_s[level] + tokens * self.token_s[level]
+    def reading_s(self, tokens: Floats) -> Floats:
+        """Seconds until so many prompt tokens are read, at each price.
+
+        Args:
+            tokens: of each request.  # [requests, 1]
+        """
+        seconds: Floats = (np.ceil(tokens / self.chunk) + 0.5) * self.now_s + tokens * self.token_s
+        return seconds
 
     def steps_to_read(self, tokens: int) -> float:
         """Steps until so many prompt tokens are read, from the middle of one on."""
-        return -(-tokens // self._chunk) + 0.5
+        return -(-tokens // self.chunk) + 0.5
 
 
 class NotReady(Exception):

@@ -33,7 +33,7 @@ class RankReason(StrEnum):
     QUALITY = "quality"
     BUDGET = "budget"
     FLOOR = "floor"
-    """The policy's rule gave no rank at or above its floor, so the floor serves."""
+    """The policy's rule gave no rank at or above its floor, so the floor serves, to the end."""
     DEFAULT = "default"
     """The request said nothing, or left the choice to a policy that had nothing to choose by."""
 
@@ -193,15 +193,17 @@ def _by_latency(
     if prediction is None:
         return RankDecision(ranks[-1], RankReason.DEFAULT, name, slo, ladder=steps, is_elastic=rule.elastic)
     best = best_rank(prediction, slo, ranks, steps, facts.quality_by_rank, is_elastic=rule.elastic)
-    rank = ranks[0] if best is None else best
-    predicted = prediction.at(rank, TOP if best is None else None)
+    if best is not None:
+        return RankDecision(best.rank, RankReason.SLO, name, slo, best.predicted, steps, rule.elastic)
+    predicted = prediction.at(ranks[0], TOP)
     if not slo.is_met_by(predicted):
-        prediction.check_possible(slo, rank, name)
-    if best is None and rule.when_unattainable is WhenUnattainable.REFUSE and prediction.in_flight:
+        prediction.check_possible(slo, ranks[0], name)
+    if rule.when_unattainable is WhenUnattainable.REFUSE and prediction.in_flight:
         when = f"beside the {prediction.in_flight} requests in flight"
-        raise SloUnattainable(name, slo, rank, predicted, when, is_for_good=False)
-    reason = RankReason.FLOOR if best is None else RankReason.SLO
-    return RankDecision(rank, reason, name, slo, predicted, steps, rule.elastic)
+        raise SloUnattainable(name, slo, ranks[0], predicted, when, is_for_good=False)
+    if prediction.is_moved_by_rank(steps):
+        return RankDecision(ranks[0], RankReason.FLOOR, name, slo, predicted)
+    return RankDecision(steps[0], RankReason.DEFAULT, name, slo, prediction.at(steps[0]), steps, rule.elastic)
 
 
 def _nearest(ranks: Sequence[int], bound: int) -> int:

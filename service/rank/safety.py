@@ -2,7 +2,7 @@
 
 import math
 
-_LEAST, _START, _MOST = 0.0, math.log(1.2), math.log(3)
+_LEAST, _MOST = 0.0, math.log(1.5)
 _RESERVE = 0.5
 """The share of the misses allowed that is aimed at: what is learned from misses alone swings around its aim."""
 _STEP = 0.1
@@ -19,8 +19,8 @@ class SafetyFactor:
 
     def __init__(self, target: float = 0.99) -> None:
         self.target = target
-        self.value = math.exp(_START)
-        self._log = _START
+        self.value = math.exp(_LEAST)
+        self._log = _LEAST
 
     def observe(self, *, is_late: bool) -> None:
         """A request ended that could have been served sooner."""

@@ -57,7 +57,6 @@ class Measurement:
         self._was_aborted = False
         self.segments = [Segment(decision.rank)] if decision else []
         """Its ranks in turn, first the one that was chosen. Only of a request of one sequence they change."""
-        self._late_s = 0.0
 
     def sequence(self, version: str | None, ask: Ask, change: Callable[[int], None] | None = None) -> "SequenceMeasurement":
         """One more of its sequences. Make all before the first is submitted.
@@ -80,8 +79,6 @@ class Measurement:
         with self._lock:
             self._open -= 1
             self._is_good &= times is not None and self.slo.is_met_by(times)
-            if times is not None and self.slo.latency_ms is not None:
-                self._late_s = max(self._late_s, (times.latency_ms - self.slo.latency_ms) / 1000)
             self._was_aborted |= was_aborted
             is_judged = not self._open and not self._was_aborted and not self.slo.is_empty
             if is_judged:
@@ -94,7 +91,7 @@ class Measurement:
         self._metrics.slo(decision.policy if decision else BASE_LABEL, "true" if self._is_good else "false")
         # A rank that was named is not ours to learn from, nor a miss that smaller ranks could not have spared.
         is_ours = decision is not None and decision.ladder[0] > decision.ladder[TOP]
-        if is_ours and self.auto_rank.spared_s > self._late_s:
+        if is_ours:
             self.auto_rank.safety.observe(is_late=not self._is_good)
 
 
