@@ -1,3 +1,4 @@
+import inspect
 import json
 import logging
 import re
@@ -5,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 
 from service.http.openai.schemas import ChatRequest, CompletionRequest
+from service.http.routes import adapters, generate, openai, ops, pages, quality, vllm
 from service.http.routes.quality import CalibrationRequest
 from service.http.routes.vllm import LoadRequest
 from service.http.schemas import CompatRequest, GenerateParameters
@@ -153,3 +157,16 @@ def test_a_compressed_body_is_refused_by_its_header(server: Server) -> None:
         assert response.status_code == status
     refused = server.client.post("/v1/completions", content=b"x", headers={"Content-Encoding": "gzip"})
     assert refused.json()["error"]["message"] == "content-encoding: 'gzip' is not read; send the body as it is"
+
+
+def test_no_dependency_of_a_route_takes_a_thread() -> None:
+    def calls(dependant: Dependant) -> Iterator[object]:
+        for each in dependant.dependencies:
+            yield each.call
+            yield from calls(each)
+
+    routers = (adapters, generate, openai, ops, pages, quality, vllm)
+    routes = [route for each in routers for route in each.router.routes if isinstance(route, APIRoute)]
+    found = {call for route in routes for call in calls(route.dependant)}
+    assert len(found) > 3
+    assert [each for each in found if not any(map(inspect.iscoroutinefunction, (each, type(each).__call__)))] == []

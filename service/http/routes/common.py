@@ -1,4 +1,7 @@
-"""What all routes share: access to the server's parts, and how errors look in the OpenAPI document."""
+"""What all routes share: access to the server's parts, and how errors look in the OpenAPI document.
+
+Dependencies are coroutine functions though they wait for nothing: FastAPI runs any other in a thread, at each request.
+"""
 
 from typing import Annotated, Any
 
@@ -14,7 +17,7 @@ from service.http.tenants import check_scope
 from service.keys import ApiKey, Scope
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)  # set by create_app
     return services
@@ -33,7 +36,7 @@ NAME_SCHEMA: dict[str, Any] = {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}
 AdapterName = Annotated[str, Path(description=ADAPTER_NAME, max_length=256, json_schema_extra=NAME_SCHEMA)]
 
 
-def _caller(request: Request) -> ApiKey:
+async def _caller(request: Request) -> ApiKey:
     caller = request.state.caller
     assert isinstance(caller, ApiKey)  # set by the middleware
     return caller
@@ -46,14 +49,14 @@ TheCaller = Annotated[ApiKey, Depends(_caller)]
 def needs(scope: Scope) -> params.Depends:
     """What a route or router declares: only keys with this scope may use it; others are answered with 403."""
 
-    def check(caller: TheCaller, _: Annotated[object, Security(_bearer)]) -> None:
+    async def check(caller: TheCaller, _: Annotated[object, Security(_bearer)]) -> None:
         check_scope(caller, scope)
 
     dependency: params.Depends = Depends(check)
     return dependency
 
 
-def _only_known_queries(request: Request) -> None:
+async def _only_known_queries(request: Request) -> None:
     route = request.scope["route"]
     known = sorted(each.alias for each in route.dependant.query_params)
     for name in request.query_params:
