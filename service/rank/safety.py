@@ -23,7 +23,7 @@ class SafetyFactor:
         self._log = _LEAST
 
     def observe(self, *, is_late: bool) -> None:
-        """A request ended that could have been served sooner."""
+        """A request with objectives, whose rank was left open, has ended."""
         missed = _RESERVE * (1 - self.target)
         moved = self._log + _STEP * (1 - missed if is_late else -missed)
         self._log = max(_LEAST, min(_MOST, moved))
