@@ -89,9 +89,8 @@ class Measurement:
     def _judge(self) -> None:
         decision = self.decision
         self._metrics.slo(decision.policy if decision else BASE_LABEL, "true" if self._is_good else "false")
-        # A rank that was named is not ours to learn from, nor a miss that smaller ranks could not have spared.
-        is_ours = decision is not None and decision.ladder[0] > decision.ladder[TOP]
-        if is_ours:
+        # A rank that was named is not ours to learn from, nor one beside which there was no smaller one.
+        if decision is not None and decision.ladder[0] > decision.ladder[TOP]:
             self.auto_rank.safety.observe(is_late=not self._is_good)
 
 
