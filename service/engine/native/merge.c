@@ -42,7 +42,7 @@ void dylora_merge(const float *w, const float *a, const float *b, long b_stride,
                 to[i] = merged + (panel * in + k + i) * PANEL;
                 for (long v = 0; v < count; v++) __builtin_prefetch(from[i] + (v * in + SOON) * PANEL);
             }
-            streamed[rows](a + k, in, turned, apart(is_single, rank * PANEL), rank, from, to, 0, apart(is_single, in * PANEL), 0);
+            streamed[rows](a + k, in, turned, apart(is_single, rank * PANEL), rank, from, to, 0, apart(is_single, in * PANEL), 0, 0);
         }
     }
 #ifdef __AVX__

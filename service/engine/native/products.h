@@ -18,6 +18,7 @@ TILES(tiles, store)
 #define DEPTH (256 / PANELS) /* inputs of a tile taken together: their weights are 16 KiB, a third of a level 1 cache */
 #define BLOCK_ROWS 4
 #define SOON 32 /* inputs: how far ahead of its use a weight is asked of memory, 2 KiB */
+#define LINE 64 /* bytes that come from memory together: a panel of one input */
 #define CHUNK 16 /* most panels between the base's product and the adapters' on top of it */
 
 /* One of several products of the same rows, as when query, key and value are computed of one x. */
@@ -97,11 +98,13 @@ static void multiply(const struct part *p, const float *x, int is_turned, long r
                 to[i] = p->y + (first + i) * p->out;
                 from[i] = k ? to[i] : p->add ? p->add + (first + i) * p->out : p->bias;
             }
-            /* Groups of rows take turns at a block: while they do, the next comes from memory. One group alone is faster than
-               memory, and asks for what it needs soon. A single row leaves that to the processor. */
-            const float *ahead = rows == 1 || g ? 0 : groups > 1 ? next : block + SOON * PANEL;
+            /* Groups of rows take turns at a block: while they do, the next comes from memory, an equal share with each, so that
+               memory never rests. One group alone is faster than memory, and asks for what it needs soon. A single row leaves
+               that to the processor. */
+            long pace = (LINE + groups - 1) / groups;
+            const float *ahead = rows == 1 ? 0 : groups > 1 ? next + depth * g / groups * PANEL : block + SOON * PANEL;
             const float *read = is_turned ? x + first * in + k * count : x + k;
-            tiles[count](read, count, block, other, depth, k || p->add || p->bias ? from : 0, to, panel * PANEL, step, ahead);
+            tiles[count](read, count, block, other, depth, k || p->add || p->bias ? from : 0, to, panel * PANEL, step, ahead, pace);
         }
     }
 }
@@ -165,7 +168,7 @@ static void expand(const struct part *p, const struct lora *l, const float *low,
         for (long panel = first; panel < end; panel += PANELS) {
             int is_single = panel + 1 == end;
             tiles[l->counts[block]](low + block * most * BLOCK_ROWS, BLOCK_ROWS, b + panel * width, apart(is_single, width),
-                                    l->ranks[block], (const float *const *)to, to, panel * PANEL, apart(is_single, LANES), 0);
+                                    l->ranks[block], (const float *const *)to, to, panel * PANEL, apart(is_single, LANES), 0, 0);
         }
     }
 }

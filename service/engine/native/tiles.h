@@ -22,14 +22,14 @@ static inline long apart(int is_single, long distance) { return PANELS == 1 ? LA
 
 /* to[i][column + v * step + j] = from[i][the same place] + sum over k of x[k * x_stride + i] * w[v * other + k * PANEL + j]
 
-   for the vectors v = 0, 1; from = 0: zeros. The weights at `ahead`, if given, as many and as far apart as those at `w`, are
-   fetched into the cache. */
+   for the vectors v = 0, 1; from = 0: zeros. Into the cache comes, if `ahead` is given, what stands there: `pace` bytes for each
+   input, and where a tile takes two panels, as many as far apart as those at `w`. */
 typedef void tile(const float *x, long x_stride, const float *w, long other, long depth, const float *const *from,
-                  float *const *to, long column, long step, const float *ahead);
+                  float *const *to, long column, long step, const float *ahead, long pace);
 
 #define TILE(NAME, ROWS, STORE)                                                                                          \
     static void NAME##ROWS(const float *x, long x_stride, const float *w, long other, long depth, const float *const *from,\
-                           float *const *to, long column, long step, const float *ahead) {                               \
+                           float *const *to, long column, long step, const float *ahead, long pace) {                    \
         vec sum[ROWS][2];                                                                                                \
         UNROLLED for (int i = 0; i < ROWS; i++) {                                                                        \
             sum[i][0] = from ? load(from[i] + column) : all(0);                                                          \
@@ -38,8 +38,8 @@ typedef void tile(const float *x, long x_stride, const float *w, long other, lon
         for (long k = 0; k < depth; k++) {                                                                               \
             vec w0 = load(w + k * PANEL), w1 = load(w + other + k * PANEL);                                              \
             if (ahead) {                                                                                                 \
-                __builtin_prefetch(ahead + k * PANEL, 0, 3);                                                             \
-                if (PANELS == 2) __builtin_prefetch(ahead + other + k * PANEL, 0, 3);                                    \
+                __builtin_prefetch((const char *)ahead + k * pace, 0, 3);                                                \
+                if (PANELS == 2) __builtin_prefetch((const char *)(ahead + other) + k * pace, 0, 3);                     \
             }                                                                                                            \
             UNROLLED for (int i = 0; i < ROWS; i++) {                                                                    \
                 vec value = all(x[k * x_stride + i]);                                                                    \
