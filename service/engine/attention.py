@@ -36,16 +36,6 @@ class AttentionCall:
     softcap: float | None
 
 
-@dataclass(frozen=True)
-class Queries:
-    """An attention call of rows whose own keys and values are in the cache already."""
-
-    query: Tensor  # [heads, rows, head_dim]
-    scale: float
-    window: int | None
-    softcap: float | None = None
-
-
 class AttentionStep(Protocol):
     """What the registered attention function asks of the step that runs."""
 

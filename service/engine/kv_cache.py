@@ -8,12 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from service.engine.attention import AttentionCall, Queries
-from service.engine.native.kernels import LANES, Kernels, Seen
+from service.engine.attention import AttentionCall
+from service.engine.native.kernels import LANES, PIECE_ROWS, Kernels, Seen
 
 _SHORT_CONTEXT_TOKENS = 256
-_SMALL_CHUNK = 4096
-"""Rows x positions of a prefill chunk up to which the kernels take its rows one by one, rather than torch all together."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class KVCache:
     """Paged keys and values: per layer one tensor of token slots, cut into blocks by the scheduler's bookkeeping."""
 
     def __init__(self, room: CacheRoom, kernels: Kernels | None = None) -> None:
-        """With `kernels`, decode rows are attended by them where they can."""
+        """With `kernels`, they attend where they can."""
         self.block_tokens = room.block_tokens
         self.device = room.device
         dims = [dim for shape in room.layers.values() for dim in (shape.head_dim, shape.value_dim)]
@@ -85,9 +83,11 @@ class KVCache:
         """Bytes that one token occupies over all layers."""
         return sum(shape.kv_heads * (shape.head_dim + shape.value_dim) for shape in layers.values()) * dtype.itemsize
 
-    def plan(self, spans: Sequence[Span]) -> "PagedAttention":
+    def plan(self, spans: Sequence[Span]) -> "PagedAttention | NativeAttention":
         """Lay out one step's rows, packed in the order of `spans`."""
-        return PagedAttention(self._layers, self.block_tokens, spans, self.device, self._scratch, self._kernels)
+        if self._kernels is not None:
+            return NativeAttention(self._layers, self.block_tokens, spans, self._kernels)
+        return PagedAttention(self._layers, self.block_tokens, spans, self.device, self._scratch)
 
 
 class Scratch:
@@ -104,6 +104,39 @@ class Scratch:
             held = like.new_empty(size)
             self._held[name] = held
         return held[:size].view(shape)
+
+
+class NativeAttention:
+    """One step's attention by the kernels: a prompt's rows in pieces that read its keys together, all others one by one."""
+
+    def __init__(
+        self,
+        layers: Mapping[nn.Module, tuple[Tensor, Tensor]],
+        block_tokens: int,
+        spans: Sequence[Span],
+        kernels: Kernels,
+    ) -> None:
+        self.layers = layers
+        """Each layer's keys and values."""
+        self.slots = torch.tensor([slot for span in spans for slot in slots_of(span, block_tokens)])
+        """Where the rows' own keys and values go, [rows]."""
+        self.end = max(span.end for span in spans)
+        """The position after the last of all rows'."""
+        self.seen = _seen(spans, block_tokens)
+        """What each row sees."""
+        self._kernels = kernels
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """Output of one layer, [rows, heads, value_dim]."""
+        keys, values = self.layers[module]  # [blocks, block_tokens, kv_heads, dim]
+        query, key, value = (
+            each if each.stride(-1) == 1 else each.contiguous() for each in (call.query, call.key, call.value)
+        )
+        self._kernels.write_cache(key, value, self.slots, keys, values)
+        heads, rows, _ = query.shape
+        out = query.new_empty(rows, heads, values.shape[-1])
+        self._kernels.attend(query, keys, values, out, self.seen, window=call.window, scale=call.scale, softcap=call.softcap)
+        return out
 
 
 @dataclass(frozen=True)
@@ -130,10 +163,8 @@ class PagedAttention:
         spans: Sequence[Span],
         device: torch.device,
         scratch: "Scratch",
-        kernels: Kernels | None,
     ) -> None:
         self._layers = layers
-        self._kernels = kernels
         self._block_tokens = block_tokens
         self._device = device
         self._scratch = scratch
@@ -144,9 +175,9 @@ class PagedAttention:
         decode_rows: list[int] = []
         row = 0
         for span in spans:
-            if span.length == 1 or (kernels is not None and span.length * span.end <= _SMALL_CHUNK):
-                decode_rows += range(row, row + span.length)
-                self._decodes += [Span(at, 1, span.blocks) for at in range(span.start, span.end)] if span.length > 1 else [span]
+            if span.length == 1:
+                decode_rows.append(row)
+                self._decodes.append(span)
             else:
                 self._prefills.append((row, span))
             row += span.length
@@ -158,8 +189,6 @@ class PagedAttention:
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """Output of one layer, [rows, heads, value_dim]."""
         keys, values = self._layers[module]  # [blocks, block_tokens, kv_heads, dim]
-        if self._kernels is not None:
-            return self._attend_natively(self._kernels, keys, values, call)
         keys.flatten(0, 1).index_copy_(0, self._write_slots, call.key.transpose(0, 1).to(keys.dtype))
         values.flatten(0, 1).index_copy_(0, self._write_slots, call.value.transpose(0, 1).to(values.dtype))
         if not self._prefills:
@@ -172,54 +201,7 @@ class PagedAttention:
         self._prefill(out, keys, values, call)
         return out
 
-    def _attend_natively(self, kernels: Kernels, keys: Tensor, values: Tensor, call: AttentionCall) -> Tensor:
-        key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (call.key, call.value))
-        kernels.write_cache(key, value, self._write_slots, keys, values)
-        return self._attend_written(kernels, keys, values, call)
-
-    @property
-    def is_native(self) -> bool:
-        """Whether `attend_written` may be called."""
-        return self._kernels is not None
-
-    @property
-    def slots(self) -> Tensor:
-        """Where the rows' own keys and values go, [rows]."""
-        return self._write_slots
-
-    @property
-    def layers(self) -> Mapping[nn.Module, tuple[Tensor, Tensor]]:
-        """Each layer's keys and values."""
-        return self._layers
-
-    @property
-    def seen(self) -> Seen | None:
-        """What each row sees, if the kernels attend to all of them."""
-        return None if self._prefills or self._kernels is None else self._decodes_see
-
-    def attend_written(self, module: nn.Module, call: Queries) -> Tensor:
-        """As `attend`, once the rows' own keys and values are in their places."""
-        assert self._kernels is not None
-        return self._attend_written(self._kernels, *self._layers[module], call)
-
-    def _attend_written(self, kernels: Kernels, keys: Tensor, values: Tensor, call: AttentionCall | Queries) -> Tensor:
-        query = call.query if call.query.stride(-1) == 1 else call.query.contiguous()
-        heads, rows, _ = query.shape
-        out = query.new_empty(rows, heads, values.shape[-1])
-        if self._decodes:
-            seen = self._decodes_see
-            kernels.attend(query, keys, values, out, seen, window=call.window, scale=call.scale, softcap=call.softcap)
-        self._prefill(out, keys, values, call)
-        return out
-
-    @cached_property
-    def _decodes_see(self) -> Seen:
-        used = [-(-span.end // self._block_tokens) for span in self._decodes]
-        tables = [[*span.blocks[:count], *[0] * (max(used) - count)] for span, count in zip(self._decodes, used, strict=True)]
-        self._tables = torch.tensor([span.end for span in self._decodes]), torch.tensor(tables)
-        return Seen.of(self._decode_rows, *self._tables, self._block_tokens)
-
-    def _prefill(self, out: Tensor, keys: Tensor, values: Tensor, call: AttentionCall | Queries) -> None:
+    def _prefill(self, out: Tensor, keys: Tensor, values: Tensor, call: AttentionCall) -> None:
         """Attention of the prefill chunks, written to their rows of `out` [rows, heads, value_dim]."""
         for (row, span), (table, mask) in zip(self._prefills, self._prefill_views(call.window), strict=True):
             end = row + span.length
@@ -297,6 +279,25 @@ def _seen_blocks(span: Span, window: int | None, block_tokens: int) -> range:
     return range(first // block_tokens, -(-span.end // block_tokens))
 
 
+def _seen(spans: Sequence[Span], block_tokens: int) -> Seen:
+    pieces: list[tuple[int, Span]] = []
+    singles: list[tuple[int, Span]] = []
+    row = 0
+    for span in spans:
+        if span.length == 1:
+            singles.append((row, span))
+        else:
+            for done in range(0, span.length, PIECE_ROWS):
+                piece = Span(span.start + done, min(PIECE_ROWS, span.length - done), span.blocks)
+                pieces.append((row + done, piece))
+        row += span.length
+    rows, parts = zip(*pieces, *singles, strict=True)
+    used = [-(-part.end // block_tokens) for part in parts]
+    tables = [[*part.blocks[:count], *[0] * (max(used) - count)] for part, count in zip(parts, used, strict=True)]
+    lengths, ends = [part.length for part in parts], [part.end for part in parts]
+    return Seen.of(len(pieces), *map(torch.tensor, (rows, lengths, ends, tables)), block_tokens)
+
+
 def slots_of(span: Span, block_tokens: int) -> list[int]:
     """Where the keys and values of the span's own rows go, counted in tokens over all blocks."""
     return [span.blocks[at // block_tokens] * block_tokens + at % block_tokens for at in range(span.start, span.end)]
@@ -309,7 +310,7 @@ def _causal_mask(span: Span, positions: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (positions > rows - window)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall | Queries) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
     """Scaled dot-product attention with grouped key/value heads; [batch, heads, queries, dim] in and out."""
     groups = query.shape[1] // key.shape[1]
     if call.softcap is None:

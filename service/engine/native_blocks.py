@@ -1,5 +1,4 @@
-"""Decoders of Llama's kind, whose blocks the kernels compute: all of a step in one call, or, where a long chunk of a prompt is
-among its rows, each block in two, with torch's attention between them.
+"""Models of Llama's kind, whose blocks the kernels compute, all of a step in one call.
 
 Left to torch, operators and graphs took a quarter of a step of 8 rows and a third of a step of one: interpreting, guards,
 dispatch, and a parallel region for each. What is recognised is code of transformers that has been read, by its classes, with
@@ -8,19 +7,19 @@ sizes and parts checked; everything else, and steps with adapters that replace p
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 
 from service.engine.adapted import AdaptedModule, LoraStep, current_step
-from service.engine.attention import Queries, current_attention
-from service.engine.kv_cache import LayerShape, PagedAttention
+from service.engine.attention import current_attention
+from service.engine.kv_cache import LayerShape, NativeAttention
 from service.engine.merged import MergedWeights
 from service.engine.mixed import MixedStep
 from service.engine.model import LoadedModel
@@ -31,10 +30,10 @@ from service.errors import ModelRefused
 log = logging.getLogger(__name__)
 
 _KINDS = {
-    LlamaModel: LlamaDecoderLayer,
-    MistralModel: MistralDecoderLayer,
-    Qwen2Model: Qwen2DecoderLayer,
-    Qwen3Model: Qwen3DecoderLayer,
+    LlamaForCausalLM: (LlamaModel, LlamaDecoderLayer),
+    MistralForCausalLM: (MistralModel, MistralDecoderLayer),
+    Qwen2ForCausalLM: (Qwen2Model, Qwen2DecoderLayer),
+    Qwen3ForCausalLM: (Qwen3Model, Qwen3DecoderLayer),
 }
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -49,57 +48,62 @@ def use_native_blocks(loaded: LoadedModel, kernels: Kernels, check: Callable[[],
         check: raises ModelRefused if the model gives other logits than its own code: a class says nothing of what somebody has
             put into an object.
     """
-    decoder = loaded.model.base_model
-    kind = _KINDS.get(type(decoder))
-    if kind is None or not all(type(block) is kind and _is_known(block) for block in decoder.layers):
+    model = loaded.model
+    decoder = model.base_model
+    kinds = _KINDS.get(type(model))
+    if kinds is None or type(decoder) is not kinds[0]:
         return False
-    decoder.forward = NativeDecoder(decoder, loaded.layers, kernels)
+    if not all(type(block) is kinds[1] and _is_known(block) for block in decoder.layers):
+        return False
+    model.forward = NativeModel(model, loaded.layers, kernels)
     try:
         check()
     except ModelRefused as refused:
         log.warning("the kernels do not compute this model's blocks, which run by torch: %s", refused)
-        del decoder.forward
+        del model.forward
         return False
     return True
 
 
-class NativeDecoder:
-    """Stands for the `forward` of a decoder."""
+class Logits(NamedTuple):
+    """What a model returns, as far as it is asked for."""
 
-    def __init__(self, decoder: Any, layers: Mapping[nn.Module, LayerShape], kernels: Kernels) -> None:
-        self._decoder = decoder
+    logits: Tensor  # [1, rows, vocabulary]
+
+
+class NativeModel:
+    """Stands for the `forward` of a model."""
+
+    def __init__(self, model: Any, layers: Mapping[nn.Module, LayerShape], kernels: Kernels) -> None:
+        self._decoder = decoder = model.base_model
+        self._head = model.lm_head
         self._kernels = kernels
-        self._own_forward = decoder.forward
+        self._own_forward = model.forward
         self._attentions = [block.self_attn for block in decoder.layers]
         self._shapes = [_shape(block, layers[block.self_attn]) for block in decoder.layers]
         self._linears = [_linears(block) for block in decoder.layers]
         self._norms = [_norms(block) for block in decoder.layers]
         self._norm = decoder.norm.weight
+        self._rotary = RotaryTable(decoder.rotary_emb)
         self._laid_out: tuple[int, _Caches | None] = (-1, None)
         self._base: Blocks
         self._merged: WeakKeyDictionary[MergedWeights, Blocks] = WeakKeyDictionary()
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, **others: Any) -> BaseModelOutputWithPast:
-        """The last hidden states, [1, rows, hidden]."""
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, **others: Any) -> Any:
+        """Logits of the rows `logits_to_keep` [kept], of input_ids and position_ids [1, rows]."""
         step, attention = current_step(), current_attention()
-        native = attention if isinstance(attention, PagedAttention) and attention.is_native else None
+        native = attention if isinstance(attention, NativeAttention) else None
         blocks = None if native is None else self._blocks(step, native.layers)
         if native is None or blocks is None:
-            own: BaseModelOutputWithPast = self._own_forward(input_ids=input_ids, position_ids=position_ids, **others)
-            return own
-        embedded = self._decoder.embed_tokens(input_ids)
-        cos, sin = (each[0].contiguous() for each in self._decoder.rotary_emb(embedded, position_ids))
-        x = embedded[0].contiguous()
+            return self._own_forward(
+                input_ids=input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **others
+            )
+        x = self._decoder.embed_tokens(input_ids)[0].contiguous()  # [rows, hidden]
         rows = step.rows(len(x)) if isinstance(step, MixedStep) else None
-        common = BlockStep(cos, sin, rows, native.slots)
-        if native.seen is not None:
-            blocks.run(x, common, native.seen)
-            return BaseModelOutputWithPast(last_hidden_state=x[None])
-        for block, module, shape in zip(blocks.each, self._attentions, self._shapes, strict=True):
-            query = block.before_attention(x, common).transpose(0, 1)
-            attended = native.attend_written(module, Queries(query, shape.scale, shape.window))
-            x = block.after_attention(x, attended, common)
-        return BaseModelOutputWithPast(last_hidden_state=self._decoder.norm(x[None]))
+        common = BlockStep(*self._rotary.up_to(native.end), position_ids, rows, native.slots)
+        blocks.run(x, common, native.seen)
+        kept = x if len(logits_to_keep) == len(x) else x[logits_to_keep]  # ascending, so all of them are as they stand
+        return Logits(self._head(kept[None]))
 
     def _blocks(self, step: LoraStep | None, caches: _Caches) -> Blocks | None:
         """Those with the weights that the step runs with; None if it asks for more than low-rank updates."""
@@ -122,8 +126,24 @@ class NativeDecoder:
         for attention, shape, linears, norms in zip(self._attentions, self._shapes, self._linears, self._norms, strict=True):
             own = [(linear.term, merged.get(linear.site.path, {}).get("weight")) for linear in linears]
             terms = [term if weight is None else term._replace(weight=weight) for term, weight in own]
-            blocks.append(Block(self._kernels, shape, norms, terms, caches[attention]))
+            blocks.append(Block(shape, norms, terms, caches[attention]))
         return Blocks(self._kernels, blocks, self._norm)
+
+
+class RotaryTable:
+    """A rotary embedding's cosines and sines by position, which the model computes anew for each step."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self._rotary = rotary
+        self._cos = self._sin = torch.empty(0)
+
+    def up_to(self, end: int) -> tuple[Tensor, Tensor]:
+        """Of at least the positions before `end`, [positions, dim]."""
+        if len(self._cos) < end:
+            positions = torch.arange(1 << (end - 1).bit_length())
+            cos, sin = self._rotary(torch.empty(0), positions[None])
+            self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+        return self._cos, self._sin
 
 
 def _shape(block: Any, layer: LayerShape) -> BlockShape:

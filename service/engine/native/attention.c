@@ -1,4 +1,4 @@
-/* Attention of rows that each see their own sequence.
+/* Attention of single rows that each see their own sequence.
 
    Keys and values stand in a cache of slots [slots, kv_heads, dim], cut into blocks of `block_tokens`. */
 
@@ -7,6 +7,7 @@
 #include "vectors.h"
 
 #define LINE 16     /* floats that come from memory together */
+#define SOON 8      /* positions: how far ahead of its use a key is asked of memory */
 #define MANY_ROWS 8 /* from which on a thread takes all heads of a row */
 
 void dylora_write_cache(const float *key, long key_row, long key_head, const float *value, long value_row, long value_head,
@@ -89,26 +90,31 @@ static void softmax(float *values, long length) {
 }
 
 /* One row's key/value heads from `first` to `end`. */
-static void attend_row(const struct attention *a, long row, long first, long end, long stride) {
+static void attend_row(const struct attention *a, long number, long first, long end, long stride) {
     const struct seen *seen = &a->seen;
-    const long *table = seen->tables + row * seen->table_width;
-    long group = a->heads / a->kv_heads, own = seen->query_rows[row], ends = seen->ends[row];
+    const long *table = seen->tables + number * seen->table_width;
+    long group = a->heads / a->kv_heads, own = seen->query_rows[number], ends = seen->ends[number];
     long begin = a->window && ends > a->window ? ends - a->window : 0, length = ends - begin;
-    float *weights = scratch((size_t)stride * ((end - first) * group + 2)); /* [heads, stride] */
-    const float **value = (const float **)(weights + stride * (end - first) * group);
+    float *weights = scratch((size_t)stride * ((end - first) * group + 4)); /* [heads, stride] */
+    const float **value = (const float **)(weights + stride * (end - first) * group), **key = value + stride;
     const float *query = a->query + own * a->query_row;
     /* Counted along: a division for each position would cost half as much as all else of it. */
     long block = begin / seen->block_tokens, inside = begin % seen->block_tokens;
     for (long at = 0; at < length; at++, inside++) {
         if (inside == seen->block_tokens) block++, inside = 0;
-        long slot = table[block] * seen->block_tokens + inside;
-        value[at] = a->values + (slot * a->kv_heads + first) * a->value_dim;
-        /* From memory, as each step reads what no cache holds; the values while there is work left to do. */
+        long place = (table[block] * seen->block_tokens + inside) * a->kv_heads + first;
+        key[at] = a->keys + place * a->dim;
+        value[at] = a->values + place * a->value_dim;
+    }
+    for (long at = 0; at < length; at++) {
+        /* From memory, as each step reads what no cache holds: the keys soon, the values while there is work left to do. */
+        const float *soon = key[at_most(at + SOON, length - 1)];
+        for (long d = 0; d < (end - first) * a->dim; d += LINE) __builtin_prefetch(soon + d);
         for (long d = 0; d < (end - first) * a->value_dim; d += LINE) __builtin_prefetch(value[at] + d);
         for (long head = first; head < end; head++)
             for (long g = 0; g < group; g += QUERIES)
                 scores_of[at_most(QUERIES, group - g)](query + (head * group + g) * a->query_head, a->query_head,
-                                                       a->keys + (slot * a->kv_heads + head) * a->dim, a->dim,
+                                                       key[at] + (head - first) * a->dim, a->dim,
                                                        weights + ((head - first) * group + g) * stride + at, stride);
     }
     for (long h = 0; h < (end - first) * group; h++) {
@@ -126,15 +132,16 @@ static void attend_row(const struct attention *a, long row, long first, long end
 
 void dylora_attend_together(const struct attention *a) {
     const struct seen *seen = &a->seen;
+    if (seen->pieces) dylora_attend_chunks(a);
     long longest = 0;
-    for (long row = 0; row < seen->rows; row++) longest = seen->ends[row] > longest ? seen->ends[row] : longest;
+    for (long row = 0; row < seen->rows; row++) longest = most_of(longest, seen->ends[seen->pieces + row]);
     long stride = (longest + LANES) / LANES * LANES;
     /* Heads of a position stand together in memory, so whoever has rows enough for all threads takes them together. */
     long parts = seen->rows < MANY_ROWS ? a->kv_heads : 1, heads = a->kv_heads / parts;
 #pragma omp for schedule(dynamic, 1) nowait
     for (long item = 0; item < seen->rows * parts; item++) {
         long first = item % parts * heads;
-        attend_row(a, item / parts, first, first + heads, stride);
+        attend_row(a, seen->pieces + item / parts, first, first + heads, stride);
     }
 }
 

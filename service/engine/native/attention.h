@@ -3,16 +3,17 @@
 #ifndef DYLORA_ATTENTION_H
 #define DYLORA_ATTENTION_H
 
-/* What rows see: `ends[row]` positions each, which stand in the blocks of `tables[row]`. */
+/* What rows see of their own sequences: first those of prompts, in pieces of consecutive rows of one sequence, then single rows.
+   The last row of each sees the first `ends` positions, which stand in the blocks of its table, the row before it one less. */
 struct seen {
-    long rows;
-    const long *query_rows, *ends; /* [rows] */
-    const long *tables;            /* [rows, table_width] */
+    long pieces, rows;
+    const long *query_rows, *lengths, *ends; /* [pieces + rows]: the first row, how many, and positions */
+    const long *tables;                      /* [pieces + rows, table_width] */
     long table_width, block_tokens;
 };
 
-/* One layer's. Row i, head h of the query at query + query_rows[i] * query_row + h * query_head; out [.., heads, value_dim] at
-   the same rows. Of what a row sees the last `window` positions count; 0: all. */
+/* One layer's. Head h of a row of the query at query + row * query_row + h * query_head; out [.., heads, value_dim] at the same
+   rows. Of what a row sees the last `window` positions count; 0: all. */
 struct attention {
     const float *query;
     long query_row, query_head;
@@ -25,5 +26,6 @@ struct attention {
 
 /* To be called by every thread of a parallel region, whose other threads may still compute when it returns. */
 void dylora_attend_together(const struct attention *a);
+void dylora_attend_chunks(const struct attention *a); /* the part of it that is of prompts */
 
 #endif

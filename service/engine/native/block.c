@@ -4,8 +4,8 @@
      x += attention W                         after it
      x += (silu(norm(x) W_gate) * (norm(x) W_up)) W_down
 
-   All of a step in one parallel region, or, where torch computes the attention, one before it and one after it: left to a
-   compiler of graphs, what stands between the products took a fifth to a third of a step. */
+   All of a step in one parallel region: left to a compiler of graphs, what stands between the products took a fifth to a third
+   of a step. */
 
 #include "attention.h"
 #include "products.h"
@@ -53,7 +53,8 @@ static void open_gates(float *gate, const float *up, long length) {
 /* What a step's blocks have in common. */
 struct step {
     long rows;
-    const float *cos, *sin; /* [rows, dim] */
+    const float *cos, *sin; /* [positions, dim] */
+    const long *positions;  /* [rows] */
     const struct lora *lora;
     const long *slots; /* [rows], where keys and values go */
 };
@@ -63,13 +64,10 @@ struct room {
     float *normed, *key, *value, *query, *attended, *gate, *up, *products;
 };
 
-static long most_of(long a, long b) { return a > b ? a : b; }
-
-/* Room for a block's work; `query` and `attended` only if they are not given. */
-static struct room room_for(const struct block *b, const struct step *s, int has_own_attention) {
-    long width = b->kv_heads * b->dim, heads = has_own_attention ? b->heads * b->dim : 0;
+static struct room room_for(const struct block *b, const struct step *s) {
+    long width = b->kv_heads * b->dim, heads = b->heads * b->dim;
     struct part none[3] = {b->inputs[0], b->inputs[1], b->inputs[2]};
-    long in = most_of(most_of(b->hidden, b->inner), b->heads * b->dim);
+    long in = most_of(most_of(b->hidden, b->inner), heads);
     struct products largest = products_of(s->rows, in, none, 3, s->lora);
     long lengths[] = {b->hidden, width, width, heads, heads, b->inner, b->inner}, total = 0;
     for (int i = 0; i < 7; i++) total += s->rows * lengths[i];
@@ -94,11 +92,11 @@ static void normalise_all(const struct block *b, const struct step *s, const flo
         normalise(x + row * b->hidden, weight, b->hidden, b->epsilon, to + row * b->hidden);
 }
 
-/* x [rows, hidden] to query [rows, heads, dim]; keys and values go to the cache. By every thread, as what follows. */
-static void before_attention(const struct block *b, const struct step *s, const struct room *room, const float *x, float *query) {
+/* x [rows, hidden] to the room's query [rows, heads, dim]; keys and values go to the cache. By every thread, as what follows. */
+static void before_attention(const struct block *b, const struct step *s, const struct room *room, const float *x) {
     long width = b->kv_heads * b->dim;
     struct part parts[3] = {b->inputs[0], b->inputs[1], b->inputs[2]};
-    parts[0].y = query, parts[1].y = room->key, parts[2].y = room->value;
+    parts[0].y = room->query, parts[1].y = room->key, parts[2].y = room->value;
     normalise_all(b, s, x, b->norms[0], room->normed);
     multiply_in(room, s, room->normed, b->hidden, parts, 3);
 #pragma omp barrier
@@ -106,23 +104,22 @@ static void before_attention(const struct block *b, const struct step *s, const 
     for (long row = 0; row < s->rows; row++) {
         for (long head = 0; head < b->heads + b->kv_heads; head++) {
             int is_key = head >= b->heads;
-            float *at = is_key ? room->key + row * width + (head - b->heads) * b->dim : query + (row * b->heads + head) * b->dim;
+            float *at = is_key ? room->key + row * width + (head - b->heads) * b->dim : room->query + (row * b->heads + head) * b->dim;
             if (b->norms[2 + is_key]) normalise(at, b->norms[2 + is_key], b->dim, b->epsilon, at);
-            rotate(at, s->cos + row * b->dim, s->sin + row * b->dim, b->dim);
+            rotate(at, s->cos + s->positions[row] * b->dim, s->sin + s->positions[row] * b->dim, b->dim);
         }
         memcpy(b->keys + s->slots[row] * width, room->key + row * width, width * sizeof(float));
         memcpy(b->values + s->slots[row] * width, room->value + row * width, width * sizeof(float));
     }
 }
 
-/* x [rows, hidden] and the attention's output [rows, heads, dim] to y [rows, hidden], which may be x. */
-static void after_attention(
-    const struct block *b, const struct step *s, const struct room *room, const float *x, const float *attended, float *y) {
+/* x [rows, hidden], of the room's attention [rows, heads, dim], to what the block makes of it. */
+static void after_attention(const struct block *b, const struct step *s, const struct room *room, float *x) {
     struct part output = *b->output, doors[2] = {b->doors[0], b->doors[1]}, down = *b->down;
-    output.add = x, output.y = y, doors[0].y = room->gate, doors[1].y = room->up, down.add = y, down.y = y;
-    multiply_in(room, s, attended, b->heads * b->dim, &output, 1);
+    output.add = output.y = x, doors[0].y = room->gate, doors[1].y = room->up, down.add = down.y = x;
+    multiply_in(room, s, room->attended, b->heads * b->dim, &output, 1);
 #pragma omp barrier
-    normalise_all(b, s, y, b->norms[1], room->normed);
+    normalise_all(b, s, x, b->norms[1], room->normed);
     multiply_in(room, s, room->normed, b->hidden, doors, 2);
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -130,32 +127,19 @@ static void after_attention(
     multiply_in(room, s, room->gate, b->inner, &down, 1);
 }
 
-void dylora_before_attention(const struct block *b, const struct step *s, const float *x, float *query, int threads) {
-    struct room room = room_for(b, s, 0);
-#pragma omp parallel num_threads(threads)
-    before_attention(b, s, &room, x, query);
-}
-
-void dylora_after_attention(
-    const struct block *b, const struct step *s, const float *x, const float *attended, float *y, int threads) {
-    struct room room = room_for(b, s, 0);
-#pragma omp parallel num_threads(threads)
-    after_attention(b, s, &room, x, attended, y);
-}
-
 /* All blocks, one after the other, and the norm that ends them; x [rows, hidden] is overwritten with the result. */
 void dylora_blocks(
     const struct block *const *blocks, long count, const struct step *s, const struct seen *seen, const float *norm, float *x, int threads) {
-    struct room room = room_for(blocks[0], s, 1);
+    struct room room = room_for(blocks[0], s);
 #pragma omp parallel num_threads(threads)
     for (long i = 0; i < count; i++) {
         const struct block *b = blocks[i];
         struct attention attention = {room.query, b->heads * b->dim, b->dim, b->keys, b->values, room.attended, b->heads,
                                       b->kv_heads, b->dim, b->dim, b->window, b->scale, 0, *seen};
-        before_attention(b, s, &room, x, room.query);
+        before_attention(b, s, &room, x);
         dylora_attend_together(&attention);
 #pragma omp barrier
-        after_attention(b, s, &room, x, room.attended, x);
+        after_attention(b, s, &room, x);
 #pragma omp barrier
         if (i + 1 == count) normalise_all(b, s, x, norm, x);
     }

@@ -38,22 +38,24 @@ class _Record(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    _fields_ = members(_LONG, "rows") + members(_POINTER, "cos", "sin", "lora", "slots")
+    _fields_ = members(_LONG, "rows") + members(_POINTER, "cos", "sin", "positions", "lora", "slots")
 
 
 class BlockStep:
     """What a step's blocks have in common.
 
     Args:
-        cos, sin: of the rotary embedding, [rows, dim].
+        cos, sin: of the rotary embedding, [positions, dim].
+        positions: of the rows, [rows].
         rows: the rows that have adapters, if any has.
         slots: where the rows' keys and values go, [rows].
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, rows: LoraRows | None, slots: Tensor) -> None:
-        self._held = (cos, sin, rows, slots)
+    def __init__(self, cos: Tensor, sin: Tensor, positions: Tensor, rows: LoraRows | None, slots: Tensor) -> None:
+        self._held = (cos, sin, positions, rows, slots)
         lora = None if rows is None else rows.address
-        self._record = _Step(len(slots), cos.data_ptr(), sin.data_ptr(), lora, slots.data_ptr())
+        addresses = (each.data_ptr() for each in (cos, sin, positions))
+        self._record = _Step(len(slots), *addresses, lora, slots.data_ptr())
         self.address = ctypes.addressof(self._record)
 
 
@@ -67,15 +69,8 @@ class Block:
     """
 
     def __init__(
-        self,
-        kernels: Kernels,
-        shape: BlockShape,
-        norms: Sequence[Tensor | None],
-        terms: Sequence[Term],
-        cache: tuple[Tensor, Tensor],
+        self, shape: BlockShape, norms: Sequence[Tensor | None], terms: Sequence[Term], cache: tuple[Tensor, Tensor]
     ) -> None:
-        self._library = kernels.library
-        self._shape = shape
         self._parts = parts_of(terms)
         self._held = (norms, terms, cache)
         first, keys_values = ctypes.addressof(self._parts), [each.data_ptr() for each in cache]
@@ -84,21 +79,6 @@ class Block:
         sizes = (shape.hidden, shape.inner, shape.heads, shape.kv_heads, shape.dim)
         self._record = _Record(*sizes, *keys_values, shape.window or 0, shape.scale, shape.epsilon, at_norms, *places)
         self.address = ctypes.addressof(self._record)
-
-    def before_attention(self, x: Tensor, step: BlockStep) -> Tensor:
-        """Queries [rows, heads, dim] of `x` [rows, hidden]; keys and values go to the cache."""
-        query = x.new_empty(len(x), self._shape.heads, self._shape.dim)
-        threads = torch.get_num_threads()
-        self._library.dylora_before_attention(self.address, step.address, x.data_ptr(), query.data_ptr(), threads)
-        return query
-
-    def after_attention(self, x: Tensor, attended: Tensor, step: BlockStep) -> Tensor:
-        """The block's output [rows, hidden], from its input and the attention's output [rows, heads, dim]."""
-        out = torch.empty_like(x)
-        self._library.dylora_after_attention(
-            *(self.address, step.address, x.data_ptr(), attended.data_ptr(), out.data_ptr(), torch.get_num_threads())
-        )
-        return out
 
 
 class Blocks:
@@ -110,13 +90,12 @@ class Blocks:
 
     def __init__(self, kernels: Kernels, blocks: Sequence[Block], norm: Tensor) -> None:
         self._run = kernels.library.dylora_blocks
-        self.each = tuple(blocks)
-        self._norm = norm
+        self._blocks, self._norm = tuple(blocks), norm
         self._addresses = (_POINTER * len(blocks))(*(block.address for block in blocks))
 
     def run(self, x: Tensor, step: BlockStep, seen: Seen) -> None:
         """All that happens to `x` [rows, hidden], in its place; attention included, so that rows see what `seen` says."""
         self._run(
-            *(ctypes.addressof(self._addresses), len(self.each), step.address, ctypes.addressof(seen)),
+            *(ctypes.addressof(self._addresses), len(self._addresses), step.address, ctypes.addressof(seen)),
             *(self._norm.data_ptr(), x.data_ptr(), torch.get_num_threads()),
         )

@@ -25,12 +25,12 @@ BLOCK_ROWS = 4
 """Most rows that the adapters' product takes together."""
 LANES = 8
 """Dimensions of a head must be a multiple of this."""
+PIECE_ROWS = 32
+"""Rows of a prompt that are attended together: more read keys less often, fewer are shared more evenly among threads."""
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "dylora_products": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
-    "dylora_before_attention": [*[_POINTER] * 4, _INT],
-    "dylora_after_attention": [*[_POINTER] * 5, _INT],
     "dylora_blocks": [_POINTER, _LONG, *[_POINTER] * 4, _INT],
     "dylora_use_huge_pages": [_POINTER, _LONG],
     "dylora_merge": [*[_POINTER] * 3, _LONG, _FLOAT, *[_LONG] * 4, _POINTER],
@@ -133,18 +133,28 @@ def members(kind: Any, *names: str) -> list[tuple[str, Any]]:
 
 
 class Seen(ctypes.Structure):
-    """What rows see of their own sequences; its tensors must outlive it."""
+    """What rows see of their own sequences."""
 
+    held: tuple[Tensor, ...]
     _fields_ = (
-        members(_LONG, "rows")
-        + members(_POINTER, "query_rows", "ends", "tables")
+        members(_LONG, "pieces", "rows")
+        + members(_POINTER, "query_rows", "lengths", "ends", "tables")
         + members(_LONG, "table_width", "block_tokens")
     )
 
     @classmethod
-    def of(cls, rows: Tensor, ends: Tensor, tables: Tensor, block_tokens: int) -> "Seen":
-        """Of rows [rows] that see `ends` [rows] positions each, in the blocks of `tables` [rows, most blocks]; all int64."""
-        return cls(len(rows), rows.data_ptr(), ends.data_ptr(), tables.data_ptr(), tables.shape[1], block_tokens)
+    def of(cls, pieces: int, rows: Tensor, lengths: Tensor, ends: Tensor, tables: Tensor, block_tokens: int) -> "Seen":
+        """Of `pieces` pieces of consecutive rows, of at most PIECE_ROWS, and then of single rows; all int64.
+
+        Args:
+            rows, lengths: the first row of each, and how many, [n].
+            ends: positions that its last row sees, [n]; the row before it sees one less.
+            tables: the blocks that hold them, [n, most blocks].
+        """
+        columns = (rows, lengths, ends, tables)
+        seen = cls(pieces, len(rows) - pieces, *(each.data_ptr() for each in columns), tables.shape[1], block_tokens)
+        seen.held = columns
+        return seen
 
 
 class _Attention(ctypes.Structure):

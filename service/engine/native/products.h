@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include "tiles.h"
+#include "turn.h"
 
 TILES(tiles, store)
 
@@ -46,37 +47,15 @@ struct lora {
 
 static inline long group_start(long rows, long groups, long g) { return rows * g / groups; }
 
-/* Four columns of four rows as rows: to[k * to_stride + i] = x[i * stride + k]. */
-static inline void turn_square(const float *x, long stride, float *to, long to_stride) {
-    typedef int ivec4 __attribute__((vector_size(16)));
-    typedef float vec4u __attribute__((vector_size(16), aligned(4), may_alias));
-    vec4 a = *(const vec4u *)x, b = *(const vec4u *)(x + stride);
-    vec4 c = *(const vec4u *)(x + 2 * stride), d = *(const vec4u *)(x + 3 * stride);
-    vec4 ab0 = __builtin_shuffle(a, b, (ivec4){0, 4, 1, 5}), ab2 = __builtin_shuffle(a, b, (ivec4){2, 6, 3, 7});
-    vec4 cd0 = __builtin_shuffle(c, d, (ivec4){0, 4, 1, 5}), cd2 = __builtin_shuffle(c, d, (ivec4){2, 6, 3, 7});
-    *(vec4u *)to = __builtin_shuffle(ab0, cd0, (ivec4){0, 1, 4, 5});
-    *(vec4u *)(to + to_stride) = __builtin_shuffle(ab0, cd0, (ivec4){2, 3, 6, 7});
-    *(vec4u *)(to + 2 * to_stride) = __builtin_shuffle(ab2, cd2, (ivec4){0, 1, 4, 5});
-    *(vec4u *)(to + 3 * to_stride) = __builtin_shuffle(ab2, cd2, (ivec4){2, 3, 6, 7});
-}
-
 /* Each group of rows as [in, rows of it], so that a tile reads one stream. */
 static void turn(const float *x, long rows, long in, long groups, float *turned) {
 #pragma omp for collapse(2) schedule(static) nowait
     for (long g = 0; g < groups; g++)
         for (long from = 0; from < in; from += DEPTH) {
             long first = group_start(rows, groups, g), count = group_start(rows, groups, g + 1) - first;
-            long end = at_most(in, from + DEPTH), squares = from + (end - from) / 4 * 4;
-            const float *read = x + first * in;
-            float *to = turned + first * in;
-            for (long i = 0; i < count; i++) {
-                long k = from;
-                if (i % 4 == 0 && i + 4 <= count)
-                    for (; k < squares; k += 4) turn_square(read + i * in + k, in, to + k * count + i, count);
-                else if (i / 4 * 4 + 4 <= count) /* done with the row that begins its square */
-                    k = squares;
-                for (; k < end; k++) to[k * count + i] = read[i * in + k];
-            }
+            const float *read[MOST_ROWS];
+            for (long i = 0; i < count; i++) read[i] = x + (first + i) * in;
+            turn_rows(read, count, from, at_most(in, from + DEPTH), turned + first * in);
         }
 }
 
@@ -195,8 +174,6 @@ static struct products products_of(long rows, long in, const struct part *parts,
 
 /* Floats of memory that they need. */
 static size_t room_of(const struct products *p) { return (size_t)(p->is_turned ? p->rows * p->in : 0) + p->count * p->low_size; }
-
-static inline long shares(long a, long b) { return (a + b - 1) / b; }
 
 /* Panels that a thread takes at a time: as many for each thread, whole tiles, about CHUNK. */
 static long chunk_of(long panels, long threads) {

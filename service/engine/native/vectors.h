@@ -43,6 +43,8 @@ static inline float sum_of(vec v) {
 }
 
 static inline long at_most(long a, long b) { return a < b ? a : b; }
+static inline long most_of(long a, long b) { return a > b ? a : b; }
+static inline long shares(long a, long b) { return (a + b - 1) / b; } /* of b each that make up a */
 
 /* Memory that a thread keeps: fresh memory would cost a page fault for every 4 KiB. */
 static inline float *scratch(size_t floats) {
