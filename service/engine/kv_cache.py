@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -129,9 +128,7 @@ class NativeAttention:
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """Output of one layer, [rows, heads, value_dim]."""
         keys, values = self.layers[module]  # [blocks, block_tokens, kv_heads, dim]
-        query, key, value = (
-            each if each.stride(-1) == 1 else each.contiguous() for each in (call.query, call.key, call.value)
-        )
+        query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (call.query, call.key, call.value))
         self._kernels.write_cache(key, value, self.slots, keys, values)
         heads, rows, _ = query.shape
         out = query.new_empty(rows, heads, values.shape[-1])
@@ -294,8 +291,8 @@ def _seen(spans: Sequence[Span], block_tokens: int) -> Seen:
     rows, parts = zip(*pieces, *singles, strict=True)
     used = [-(-part.end // block_tokens) for part in parts]
     tables = [[*part.blocks[:count], *[0] * (max(used) - count)] for part, count in zip(parts, used, strict=True)]
-    lengths, ends = [part.length for part in parts], [part.end for part in parts]
-    return Seen.of(len(pieces), *map(torch.tensor, (rows, lengths, ends, tables)), block_tokens)
+    lengths, ends = torch.tensor([part.length for part in parts]), torch.tensor([part.end for part in parts])
+    return Seen.of(len(pieces), torch.tensor(rows), lengths, ends, torch.tensor(tables), block_tokens)
 
 
 def slots_of(span: Span, block_tokens: int) -> list[int]:

@@ -95,9 +95,7 @@ class NativeModel:
         native = attention if isinstance(attention, NativeAttention) else None
         blocks = None if native is None else self._blocks(step, native.layers)
         if native is None or blocks is None:
-            return self._own_forward(
-                input_ids=input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **others
-            )
+            return self._own_forward(input_ids=input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, **others)
         x = self._decoder.embed_tokens(input_ids)[0].contiguous()  # [rows, hidden]
         rows = step.rows(len(x)) if isinstance(step, MixedStep) else None
         common = BlockStep(*self._rotary.up_to(native.end), position_ids, rows, native.slots)

@@ -25,7 +25,7 @@ class EngineOptions:
     max_running: int = 64
     max_waiting: int = 256
     max_batch_tokens: int = 512
-    prefill_chunk_tokens: int = 16
+    prefill_chunk_tokens: int = 8
     kv_cache_bytes: int = 512 << 20
     kv_block_tokens: int = 16
     prefix_cache: bool = True
