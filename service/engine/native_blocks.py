@@ -76,7 +76,7 @@ class NativeModel:
 
     def __init__(self, model: Any, layers: Mapping[nn.Module, LayerShape], kernels: Kernels) -> None:
         self._decoder = decoder = model.base_model
-        self._head = model.lm_head
+        self._model = model
         self._kernels = kernels
         self._own_forward = model.forward
         self._attentions = [block.self_attn for block in decoder.layers]
@@ -101,7 +101,7 @@ class NativeModel:
         common = BlockStep(*self._rotary.up_to(native.end), position_ids, rows, native.slots)
         blocks.run(x, common, native.seen)
         kept = x if len(logits_to_keep) == len(x) else x[logits_to_keep]  # ascending, so all of them are as they stand
-        return Logits(self._head(kept[None]))
+        return Logits(self._model.lm_head(kept[None]))
 
     def _blocks(self, step: LoraStep | None, caches: _Caches) -> Blocks | None:
         """Those with the weights that the step runs with; None if it asks for more than low-rank updates."""
