@@ -145,4 +145,4 @@ class AutoRank:
             prospect = self._prospect(Mode.MIXED if self.book.adapters else Mode.BASE, now)
         except NotReady:
             return
-        self.price.move(best_level(prospect, self.book.requests, now, self.safety.value), now)
+        self.price.move(best_level(prospect, now, self.safety.value), now)
