@@ -84,6 +84,17 @@ def test_when_time_gets_short_the_ranks_fall_and_all_are_on_time() -> None:
     assert len({each.rank for each in machine.live}) == 1, "those of one curve have one rank"
 
 
+def test_those_in_flight_make_room_for_who_comes_before_the_next_step() -> None:
+    machine = Machine()
+    machine.add(10, due_s=60.0)
+    machine.step()
+    assert {each.rank for each in machine.live} == {64}
+    machine.add(30, due_s=2.3)
+    machine.auto_rank.on_arrival()
+    assert len({each.rank for each in machine.live}) == 1
+    assert machine.live[0].rank < 64
+
+
 def test_who_named_a_rank_keeps_it_and_has_the_others_make_room() -> None:
     machine = Machine()
     machine.add(2, due_s=2.3, rank=64, is_elastic=False)

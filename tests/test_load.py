@@ -76,7 +76,8 @@ def test_traffic_is_what_arrived_lately() -> None:
     traffic = book.traffic(1000.0)
     assert traffic.new_tokens_per_s == pytest.approx(60, rel=0.15)
     assert traffic.prompt_tokens_per_s == pytest.approx(20, rel=0.15)
-    assert traffic.adapters == 3
+    assert traffic.requests_per_s == pytest.approx(2, rel=0.15)
+    assert traffic.new_tokens == pytest.approx(30)
     np.testing.assert_allclose(traffic.ranks, 4.0, rtol=1e-3)
     later = book.traffic(1000.0 + TRAFFIC_S)
     assert later.new_tokens_per_s == pytest.approx(traffic.new_tokens_per_s / math.e)

@@ -105,6 +105,14 @@ def test_in_simulation_where_the_full_rank_is_late_auto_is_on_time_at_a_better_q
     assert auto.changed > 0
 
 
+def test_in_simulation_elastic_ranks_are_ahead_of_every_fixed_one_in_bursts() -> None:
+    asked = requests(6.0, Arrivals.GAMMA)
+    full, middle, low, auto = (simulated(asked, {"rank": rank}) for rank in (64, 16, 4, "auto"))
+    assert full.met < 0.9
+    assert auto.effective > max(full.effective, middle.effective, low.effective)
+    assert auto.met >= middle.met
+
+
 def test_the_time_after_a_step_of_load_is_that_of_the_last_who_were_late() -> None:
     def at(moment: float, *, is_met: bool) -> Outcome:
         return Outcome(64, 1.0, 90 if is_met else 110, 100, at_s=moment)

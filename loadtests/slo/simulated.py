@@ -12,7 +12,7 @@ from loadtests.slo.results import curve
 from loadtests.slo.simulator import Simulation
 from loadtests.slo.trace import Asked, lognormal_lengths, trace
 
-SCENARIOS = "poisson:2,poisson:9,gamma:6,step:7"
+SCENARIOS = "poisson:2,poisson:9,gamma:6,gamma:8,step:7"
 LENGTHS = [("", tokens) for tokens in lognormal_lengths(0, 500)]
 
 

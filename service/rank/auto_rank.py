@@ -1,10 +1,12 @@
 """The rank of every request that leaves it open, before and while it runs: one price of a column for all.
 
-After each step of the engine the price is set that leaves the most quality in time (`price`). Requests whose policy is elastic
-move along their ladders with it; one that keeps its rank is chosen by the highest price of the last minute, so that a calm
-moment does not take what the next burst needs.
+After each step of the engine and each arrival the price is set that leaves the most quality in time (`price`). Requests whose
+policy is elastic move along their ladders with it; one that keeps its rank is chosen by the highest price of the last minute,
+so that a calm moment does not take what the next burst needs. Without the arrivals a burst would be read, in the longest step
+of all, at the ranks of the calm before it.
 """
 
+import threading
 import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
@@ -61,8 +63,12 @@ class AutoRank:
     book: LoadBook = field(default_factory=LoadBook)
     clock: Callable[[], float] = time.monotonic
     price: Price = field(default_factory=Price)
+    _is_merged: bool = False
+    """Whether the last step ran merged."""
+    _following: threading.Lock = field(default_factory=threading.Lock)
+    """Held around a price and the changes that it makes, so that none of an older price comes after them."""
     _prospects: dict[Mode, Prospect] = field(default_factory=dict)
-    """Of the load after the last step, as far as they were asked for."""
+    """Of the load after the last step or arrival, as far as they were asked for."""
 
     @classmethod
     def of(cls, settings: Settings) -> "AutoRank":
@@ -73,11 +79,24 @@ class AutoRank:
     def on_step(self, report: StepReport) -> None:
         """Learn from a step, and set the price for the next."""
         self.model.on_step(report)
+        self._is_merged = report.mode is Mode.MERGED
+        self._follow()
+
+    def on_arrival(self) -> None:
+        """A request was submitted: those in flight make room for it before the next step."""
+        self._follow()
+
+    def _follow(self) -> None:
+        """Set the price anew, and change the ranks by it."""
+        with self._following:
+            self._follow_alone()
+
+    def _follow_alone(self) -> None:
         with self.book.lock:
             self._prospects.clear()
             self._reprice()
             # Merged weights cost the same at every rank.
-            is_free = report.mode is Mode.MERGED and self.book.only_pair is not None
+            is_free = self._is_merged and self.book.only_pair is not None
             level = self.price.now
             changes = [] if is_free else [each for each in self.book.movable if each.rank != each.ladder[level]]
         for each in changes:
@@ -145,4 +164,4 @@ class AutoRank:
             prospect = self._prospect(Mode.MIXED if self.book.adapters else Mode.BASE, now)
         except NotReady:
             return
-        self.price.move(best_level(prospect, self.book.requests, now, self.safety.value), now)
+        self.price.move(best_level(prospect, now, self.safety.value), now)

@@ -111,10 +111,9 @@ def _lowest_price(prediction: Prediction, slo: Slo, ladder: Ladder, least: int) 
     """With the safety factor, or the highest price where it is in time only without."""
     if prediction.is_safe(slo, least, ladder[least]):
         return least
-    levels = range(least + 1, TOP + 1)
-    at = bisect_left(levels, True, key=lambda level: prediction.is_safe(slo, level, ladder[level]))
-    if at < len(levels):
-        return levels[at]
+    if prediction.is_safe(slo, TOP, ladder[TOP]):
+        levels = range(least + 1, TOP)
+        return least + 1 + bisect_left(levels, True, key=lambda level: prediction.is_safe(slo, level, ladder[level]))
     return TOP if slo.is_met_by(prediction.mixed.at(TOP, ladder[TOP])) else None
 
 

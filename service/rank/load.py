@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,7 +13,6 @@ from service.rank.ladder import LEVELS, Floats, Ladder, kept_quality
 
 TRAFFIC_S = 2.0
 """How long an arrival counts: short enough to notice a step of load, long enough to tell a rate."""
-_MOST_RECENT = 64
 
 
 @dataclass(eq=False, slots=True)
@@ -55,19 +54,24 @@ class InFlight:
 
 
 class Traffic(NamedTuple):
-    """The work that arrived lately, as rates that fade within `TRAFFIC_S`, and how many adapters share it.
+    """The work that arrived lately, as rates that fade within `TRAFFIC_S`.
 
     Attributes:
         new_tokens_per_s: the most that the requests that arrive may make.
         prompt_tokens_per_s: of their prompts.
-        adapters: distinct ones among the last requests, as many as are in flight and four at least.
+        requests_per_s: their number.
         ranks: their mean rank at each price.
     """
 
     new_tokens_per_s: float
     prompt_tokens_per_s: float
-    adapters: int
+    requests_per_s: float
     ranks: Floats
+
+    @property
+    def new_tokens(self) -> float:
+        """Of each request, in the mean."""
+        return self.new_tokens_per_s / self.requests_per_s if self.requests_per_s else 0.0
 
 
 class _Users:
@@ -107,8 +111,7 @@ class LoadBook:
         self.requests: dict[InFlight, None] = {}
         self._users: dict[str | None, _Users] = {}
         self._ranks: Counter[tuple[str | None, int]] = Counter()
-        self._recent: deque[str | None] = deque(maxlen=_MOST_RECENT)
-        self._new_tokens_per_s = self._prompt_tokens_per_s = 0.0
+        self._new_tokens_per_s = self._prompt_tokens_per_s = self._requests_per_s = 0.0
         self._mean_ranks = np.zeros(LEVELS)
         self._arrived_at: float | None = None
 
@@ -142,10 +145,10 @@ class LoadBook:
         with self.lock:
             fade = self._fade(now)
             self._new_tokens_per_s = fade * self._new_tokens_per_s + request.new_tokens / TRAFFIC_S
+            self._requests_per_s = fade * self._requests_per_s + 1 / TRAFFIC_S
             self._prompt_tokens_per_s = fade * self._prompt_tokens_per_s + request.prompt_tokens / TRAFFIC_S
             self._mean_ranks += max(0.1, 1 - fade) * (np.array(request.ladder) - self._mean_ranks)
             self._arrived_at = now
-            self._recent.append(request.version)
             self.waiting += 1
             self.waiting_prompt_tokens += request.prompt_tokens
             self.remaining_tokens += request.new_tokens
@@ -190,9 +193,9 @@ class LoadBook:
     def traffic(self, now: float) -> Traffic:
         """What arrived lately."""
         fade = self._fade(now)
-        last = list(self._recent)[-max(4, self.in_flight) :]
-        adapters = len({each for each in last if each is not None})
-        return Traffic(fade * self._new_tokens_per_s, fade * self._prompt_tokens_per_s, adapters, self._mean_ranks)
+        return Traffic(
+            fade * self._new_tokens_per_s, fade * self._prompt_tokens_per_s, fade * self._requests_per_s, self._mean_ranks
+        )
 
     def _fade(self, now: float) -> float:
         return 1.0 if self._arrived_at is None else math.exp(-max(0.0, now - self._arrived_at) / TRAFFIC_S)

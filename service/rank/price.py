@@ -5,12 +5,9 @@ much of the quality is late, at a high one little is left of it. What can't be s
 for its quality, so neither drives the ranks of the others down.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from service.rank.ladder import LEVELS, TOP, Floats
-from service.rank.load import InFlight
 from service.rank.prospect import Prospect
 
 IN_TIME = 3.0
@@ -23,38 +20,34 @@ _NEVER = 1e-9
 _ALWAYS = 1e9
 
 
-def best_level(prospect: Prospect, requests: Iterable[InFlight], now: float, safety: float) -> int:
+def best_level(prospect: Prospect, now: float, safety: float) -> int:
     """The level of `ladder.PRICES` that is worth most to those in flight; of equal ones the lowest.
 
     It does not rise further where that saves next to nothing.
 
     Args:
-        requests: in the order in which they came.
         safety: the factor on predicted times.
     """
-    gaps = prospect.gap_s
-    top = int(np.argmax(gaps <= gaps[TOP] * (1 + NOTHING_GAINED)))
-    return int(np.argmax(_worth(prospect, list(requests), now, safety)[: top + 1]))
+    full_s = prospect.full_s
+    top = int(np.argmax(full_s <= full_s[TOP] * (1 + NOTHING_GAINED)))
+    return int(np.argmax(_worth(prospect, now, safety)[: top + 1]))
 
 
-def _worth(prospect: Prospect, requests: list[InFlight], now: float, safety: float) -> Floats:
-    ahead, unread = np.zeros(len(requests)), 0  # prompt tokens read before the first token
-    for number, each in enumerate(requests):
-        if not each.generated:
-            unread += each.prompt_tokens
-            ahead[number] = unread
-    has_objectives = [number for number, each in enumerate(requests) if each.has_objectives]
-    if not has_objectives:
+def _worth(prospect: Prospect, now: float, safety: float) -> Floats:
+    is_judged = np.array([each.has_objectives for each in prospect.requests], dtype=bool)
+    if not is_judged.any():
         return np.zeros(LEVELS)
-    requests, ahead = [requests[number] for number in has_objectives], ahead[has_objectives][:, None]
-    remaining = np.array([[each.new_tokens - each.generated] for each in requests])
+    requests = [each for each in prospect.requests if each.has_objectives]
+    starts, ends = prospect.starts[is_judged, None], prospect.ends[is_judged, None]
     left = np.array([[_until(each.due_at, now)] for each in requests])
-    first_left = np.array([[_ALWAYS if each.generated else _until(each.first_due_at, now)] for each in requests])
-    longest_gap = np.array([[each.gap_s or _ALWAYS] for each in requests])
-    first_s = np.where(ahead > 0, prospect.reading_s(ahead), 0.0)
-    behind = np.minimum(unread - ahead, remaining * prospect.chunk)  # read in the steps in which it generates
-    total_s = first_s + remaining * prospect.gap_s + behind * prospect.token_s
-    share = np.maximum(total_s / left, np.maximum(first_s / first_left, prospect.gap_s / longest_gap))
+    total_s = prospect.seconds(prospect.work(ends))
+    share = total_s / left
+    if any(each.first_due_at is not None or each.gap_s is not None for each in requests):
+        first_left = np.array([[_ALWAYS if each.generated else _until(each.first_due_at, now)] for each in requests])
+        longest_gap = np.array([[each.gap_s or _ALWAYS] for each in requests])
+        first_s = prospect.seconds(prospect.work(starts))
+        gap_s = (total_s - first_s) / np.maximum(ends - starts, 1.0)
+        share = np.maximum(share, np.maximum(first_s / first_left, gap_s / longest_gap))
     worth: Floats = (likelihood(safety * share) * (IN_TIME + np.array([each.worth for each in requests]))).sum(0)
     return worth
 

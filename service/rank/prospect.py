@@ -1,22 +1,25 @@
 """How long the next steps will take, and a request among them, at each price of a column: the latency model's steps, put
 together as the scheduler does it.
 
-Everything that does not depend on who asks is computed once after a step, for all prices at once; a request then takes a few
-sums.
+Everything that does not depend on who asks is computed once after a step or an arrival, for all prices at once; a request then
+takes a few sums.
 """
 
+import heapq
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from service.core import Mode
 from service.rank.ladder import Floats
 from service.rank.latency_model import LatencyModel, StepTime
-from service.rank.load import LoadBook, Traffic
+from service.rank.load import LoadBook
 from service.slo import Times
 
-_LEAST_FREE = 0.1
-"""Of the time, as what arrives may take more than there is."""
+_A_MOMENT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,24 @@ class Ask:
 
 
 class Prospect:
-    """The steps that come next with what is in flight, and one request more, if they run in this mode.
+    """The steps that come next with what is in flight, if they run in this mode.
+
+    A step takes `base_s`, `row_s` for each request that generates in it, and `token_s` for each prompt token. A request begins
+    to generate when its prompt is read, and beyond the engine's places when another has ended; it then takes part in as many
+    steps as it has tokens left. So what is in flight shrinks as its requests end, and by the end of some steps each has taken
+    part in as many of them as lie between its own begin and its end. What arrives meanwhile makes them longer.
 
     Attributes:
-        gap_s: seconds of a step in which all generate, at each price; where what arrives lately will make it slower, the mean
-            of now and then.
-        now_s: a step in which those generate that do so already.
-        token_s: seconds that a prompt token adds to such a step, at each price.
-        chunk: prompt tokens that a step reads.
-        line: of `gap_s`, for what one request adds to it.
-        decoding, in_flight, waiting_prompt_tokens, remaining_tokens: as the book has them.
+        in_flight: number of requests.
+        requests: they, in the order in which they came.
+        starts, ends: steps until each has its first token, and its last.  # [requests]
+        base_s: seconds of a step without any.
+        row_s: what one that generates adds, at each price; its share of the columns is in it.
+        row_fixed_s: of that, what does not depend on ranks.
+        token_s: what a prompt token adds, at each price.
+        full_s: a step in which all generate, and one more, at each price.
+        line: of that step, for what the rank of one request adds.
+        prompt_tokens_per_s: that arrive.
     """
 
     def __init__(
@@ -61,72 +72,124 @@ class Prospect:
         Raises:
             NotReady: the model has seen too little.
         """
-        self.sizes = sizes
         self.in_flight = book.in_flight
-        self.decoding = min(book.decoding, sizes.max_running - 1)
-        self.waiting_prompt_tokens = book.waiting_prompt_tokens
-        self.remaining_tokens = book.remaining_tokens
-        rows = min(self.in_flight, sizes.max_running - 1)
-        adapters = book.adapters
-        context = book.context_tokens + book.waiting_prompt_tokens
-        self.chunk = sizes.max_batch_tokens - self.decoding
-        if self.decoding:
-            entering = min(self.in_flight + 1, sizes.max_running) - self.decoding
-            self.chunk = min(self.chunk, sizes.prefill_chunk_tokens * entering + self.decoding)
-        chunk = self.chunk if self.decoding else min(self.chunk, max(1, book.waiting_prompt_tokens + prompt_tokens))
+        self.requests = list(book.requests)
+        self._places = sizes.max_running
+        self._unread = book.waiting_prompt_tokens
+        self._traffic = book.traffic(now)
+        self._new_tokens = self._traffic.new_tokens
+        self.prompt_tokens_per_s = self._traffic.prompt_tokens_per_s
+        decoding = min(book.decoding, sizes.max_running - 1)
+        self._current = 0.5 if decoding else 0.0  # of the step that runs: it is in its middle, as far as one knows
+        self._chunk = sizes.max_batch_tokens - decoding
+        if decoding:
+            entering = min(self.in_flight + 1, sizes.max_running) - decoding
+            self._chunk = min(self._chunk, sizes.prefill_chunk_tokens * entering + decoding)
+        chunk = self._chunk if decoding else min(self._chunk, max(1, self._unread + prompt_tokens))
+        context, rows = book.context_tokens + self._unread, max(1, min(self.in_flight, sizes.max_running - 1))
 
-        def step(decode_rows: int, tokens: int) -> StepTime:
+        def step(decode_rows: int, tokens: int, share: float = 1.0) -> StepTime:
             time = model.step_time(
-                mode, decode_rows=decode_rows, prefill_tokens=tokens, context_tokens=context, adapters=adapters
+                mode,
+                decode_rows=decode_rows,
+                prefill_tokens=tokens,
+                context_tokens=share * context,
+                adapters=math.ceil(share * book.adapters),
             )
             if time is None:
                 raise NotReady
             return time
 
-        self.line = step(rows + 1, 0)
-        before = step(self.decoding, 0) if self.decoding else StepTime(0.0)
-        reading = step(self.decoding, chunk)
-        columns, row_ranks = book.columns, book.row_ranks
-        traffic = book.traffic(now)
-        share = self.decoding / max(1, self.in_flight)
-        now_s: Floats = before.fixed_s + before.per_column_s * columns + before.per_row_rank_s * share * row_ranks
-        mean_ranks = row_ranks / self.in_flight if self.in_flight else traffic.ranks
-        with_chunk = reading.fixed_s + reading.per_column_s * columns
-        with_chunk = with_chunk + reading.per_row_rank_s * (share * row_ranks + chunk * mean_ranks)
-        token_s: Floats = np.maximum(with_chunk - now_s, 0.0) / chunk
-        current: Floats = self.line.fixed_s + self.line.per_column_s * columns + self.line.per_row_rank_s * row_ranks
-        if traffic.new_tokens_per_s > 0:
-            current = np.maximum(current, (current + self._settled(step(1, 0), traffic, rows, token_s)) / 2)
-        self.now_s, self.token_s, self.gap_s = now_s, token_s, current
+        self.line = line = step(rows + 1, 0)
+        self.row_fixed_s = max(0.0, line.fixed_s - step(1, 0, 1 / rows).fixed_s) / rows
+        self.base_s = max(0.0, line.fixed_s - (rows + 1) * self.row_fixed_s)
+        ranks_s = line.per_column_s * book.columns + line.per_row_rank_s * book.row_ranks
+        self.row_s: Floats = self.row_fixed_s + ranks_s / max(1, self.in_flight)
+        self.full_s: Floats = self.base_s + (rows + 1) * self.row_s
+        reading = step(decoding, chunk)
+        mean_ranks = book.row_ranks / self.in_flight if self.in_flight else self._traffic.ranks
+        with_chunk = reading.fixed_s + reading.per_column_s * book.columns
+        with_chunk = with_chunk + reading.per_row_rank_s * (decoding + chunk) * mean_ranks
+        self.token_s: Floats = np.maximum(with_chunk - self.base_s - decoding * self.row_s, 0.0) / chunk
+        remaining = [each.new_tokens - each.generated for each in self.requests]
+        self._last = self._lay_out(remaining)
+        self.ends: Floats = self.starts + np.array(remaining, dtype=np.float64)
 
-    def _settled(self, one: StepTime, traffic: Traffic, rows: int, token_s: Floats) -> Floats:
-        """A step at the load that what arrives leads to. A slower step holds more requests, which make it slower still: by
-        Little's law the rows are `arriving tokens * step`, so
+    def _lay_out(self, remaining: Sequence[int]) -> list[float]:
+        """Set `starts`; the ends of the last that have a place, as a heap."""
+        last = [float(left) for each, left in zip(self.requests, remaining, strict=True) if each.generated]
+        heapq.heapify(last)
+        starts, ahead = [], 0
+        for each, left in zip(self.requests, remaining, strict=True):
+            start = 0.0
+            if not each.generated:
+                ahead += each.prompt_tokens
+                start = self._start(ahead, each.prompt_tokens, last)
+                if len(last) >= self._places:
+                    heapq.heappop(last)
+                heapq.heappush(last, start + left)
+            starts.append(start)
+        self.starts: Floats = np.array(starts, dtype=np.float64)
+        return last
 
-            step = base + slope * tokens_per_s * step + reading_s * prompt_tokens_per_s * step
-
-        where `base` is a step of one row and `slope` what each further row adds.
-        """
-        line = self.line
-        distinct = min(1.0, traffic.adapters / max(4, rows))
-        slope = max(0.0, line.fixed_s - one.fixed_s) / max(1, rows)
-        added = slope + (line.per_row_rank_s + distinct * line.per_column_s) * traffic.ranks
-        taken = traffic.new_tokens_per_s * added + traffic.prompt_tokens_per_s * token_s
-        settled: Floats = one.fixed_s / np.maximum(1 - taken, _LEAST_FREE)
-        return settled
-
-    def reading_s(self, tokens: Floats) -> Floats:
-        """Seconds until so many prompt tokens are read, at each price.
+    def _start(self, ahead: int, prompt_tokens: int, last: Sequence[float]) -> float:
+        """Steps until the first token of one that waits.
 
         Args:
-            tokens: of each request.  # [requests, 1]
+            ahead: prompt tokens up to the end of its own.
+            last: as `_lay_out` gives them.
         """
-        seconds: Floats = (np.ceil(tokens / self.chunk) + 0.5) * self.now_s + tokens * self.token_s
+        start = self._steps_to_read(ahead)
+        return start if len(last) < self._places else max(start, last[0] + self._steps_to_read(prompt_tokens))
+
+    def _steps_to_read(self, tokens: int) -> float:
+        return -(-tokens // self._chunk) + self._current
+
+    def start(self, prompt_tokens: int) -> float:
+        """Steps until the first token of a request that comes now."""
+        return self._start(self._unread + prompt_tokens, prompt_tokens, self._last)
+
+    def work(self, steps: Floats) -> "Work":
+        """What is done in the next steps.
+
+        Args:
+            steps: several numbers of them.  # [any, 1]
+        """
+        part: Floats = np.maximum(np.minimum(self.ends, steps) - self.starts, 0.0).sum(1, keepdims=True)
+        most = np.minimum(steps, self._new_tokens)
+        arriving = self._traffic.requests_per_s * most * (1 - most / np.maximum(2 * steps, _A_MOMENT))
+        return Work(steps, part, np.minimum(self._unread, self._chunk * steps), arriving)
+
+    def work_until(self, steps: float, prompt_tokens: int) -> tuple[float, float, float, float]:
+        """The same of one number of steps, with a prompt that comes now."""
+        part = np.maximum(np.minimum(self.ends, steps) - self.starts, 0.0).sum()
+        most = min(steps, self._new_tokens)
+        arriving = self._traffic.requests_per_s * most * (1 - most / max(2 * steps, _A_MOMENT))
+        return steps, float(part), min(self._unread + prompt_tokens, self._chunk * steps), arriving
+
+    def seconds(self, work: "Work") -> Floats:
+        """How long it takes, at each price, if as much arrives meanwhile as lately."""
+        present = self.base_s * work.steps + work.part * self.row_s + work.read * self.token_s
+        # Those who come because it takes longer are not counted: in a burst they would have no end, and it has.
+        slowdown = 1 + work.arriving * self.row_s + self.prompt_tokens_per_s * self.token_s
+        seconds: Floats = present * slowdown
         return seconds
 
-    def steps_to_read(self, tokens: int) -> float:
-        """Steps until so many prompt tokens are read, from the middle of one on."""
-        return -(-tokens // self.chunk) + 0.5
+
+class Work(NamedTuple):
+    """What is done in some steps, several times.  # [any, 1]
+
+    Attributes:
+        steps: their number.
+        part: those that the requests in flight take part in, all together.
+        read: prompt tokens.
+        arriving: steps that those take part in who come in a second: half in the mean, less where answers are shorter.
+    """
+
+    steps: Floats
+    part: Floats
+    read: Floats
+    arriving: Floats
 
 
 class NotReady(Exception):
@@ -146,29 +209,42 @@ class Outlook:
         self.ask = ask
         self._own_columns = own_columns
         self._elapsed_ms = 1000 * elapsed_s
-        self._tokens = prospect.waiting_prompt_tokens + ask.prompt_tokens
-        self._steps = prospect.steps_to_read(self._tokens)
-        missing = prospect.in_flight + 1 - prospect.sizes.max_running
-        self._waiting_steps = 0.0
-        """Steps that it waits for a place: requests end at the rate of Little's law."""
-        if missing > 0:
-            self._waiting_steps = missing * prospect.remaining_tokens / prospect.in_flight / prospect.sizes.max_running
+        self._start = prospect.start(ask.prompt_tokens)
+        self._first = self._until(1)
+        self._last = self._until(ask.new_tokens)
+        self._least = self._first if ask.least_tokens == 1 else self._until(ask.least_tokens)
+
+    def _until(self, tokens: int) -> "_Until":
+        return tokens, *self.prospect.work_until(self._start + tokens - 1, self.ask.prompt_tokens)
 
     def at(self, level: int, rank: int, factor: float = 1.0) -> Times:
         """Its times from its arrival, in milliseconds, if all that is still to come takes longer than expected by a factor."""
-        return self._times(level, rank, self.ask.new_tokens, factor)
+        return self._times(level, rank, self._last, factor)
 
     def soonest(self, level: int, rank: int) -> Times:
         """Its times if its answer is as short as it may be."""
-        return self._times(level, rank, self.ask.least_tokens, 1.0)
+        return self._times(level, rank, self._least, 1.0)
 
-    def _times(self, level: int, rank: int, tokens: int, factor: float) -> Times:
-        prospect = self.prospect
-        line = prospect.line
-        columns = rank if self._own_columns is None else max(0.0, rank - float(self._own_columns[level]))
-        gap_s = prospect.gap_s[level] + line.per_row_rank_s * rank + line.per_column_s * columns
-        first_s = self._steps * prospect.now_s[level] + self._tokens * prospect.token_s[level] + self._waiting_steps * gap_s
-        first_s += line.per_row_rank_s * rank * self.ask.prompt_tokens
-        factor *= 1000
-        first_ms = factor * first_s + self._elapsed_ms
-        return Times(first_ms, factor * gap_s, first_ms + (tokens - 1) * factor * gap_s)
+    def _times(self, level: int, rank: int, last: "_Until", factor: float) -> Times:
+        prospect, line = self.prospect, self.prospect.line
+        base_s, row_s, token_s = prospect.base_s, prospect.row_s.item(level), prospect.token_s.item(level)
+        columns = rank if self._own_columns is None else max(0.0, rank - self._own_columns.item(level))
+        own_s = prospect.row_fixed_s + line.per_row_rank_s * rank + line.per_column_s * columns
+        prompt_s, factor_ms = line.per_row_rank_s * rank * self.ask.prompt_tokens, 1000 * factor
+        prompts = prospect.prompt_tokens_per_s * token_s
+
+        def ms(until: "_Until") -> float:
+            made, steps, part, read, arriving = until
+            seconds = base_s * steps + row_s * part + token_s * read + prompt_s + own_s * made
+            return factor_ms * seconds * (1 + arriving * row_s + prompts)
+
+        first_ms = ms(self._first)
+        last_ms = first_ms if last[0] == 1 else ms(last)
+        # An answer that may end with its first token has the gap of one that does not.
+        tokens, long_ms = (last[0], last_ms) if last[0] > 1 else (self._last[0], ms(self._last))
+        gap_ms = (long_ms - first_ms) / max(1, tokens - 1)
+        return Times(first_ms + self._elapsed_ms, gap_ms, last_ms + self._elapsed_ms)
+
+
+_Until = tuple[int, float, float, float, float]
+"""What is done until a request has made so many tokens: their number, and the fields of `Work`."""

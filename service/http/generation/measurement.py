@@ -124,6 +124,7 @@ class SequenceMeasurement:
         except BaseException:
             self._book.remove(self._in_flight)
             raise
+        self._request.auto_rank.on_arrival()
 
     def on_event(self, event: Event) -> None:
         """Take note of an event."""
