@@ -156,8 +156,9 @@ class OurEngine(Contender):
         return time.perf_counter() - started
 
     def decode_seconds(self, mode: Mode, rows: int) -> float:
-        """Median of the steps so far that had just so many generating rows and no prompt."""
+        """Median of the steps since it was asked last that had just so many generating rows and no prompt."""
         own = [r.seconds for r in self._steps if r.mode is mode and r.decode_rows == rows and not r.prefill_tokens]
+        self._steps.clear()
         return statistics.median(own)
 
     def choice(self, version: str | None, rank: int | None = None) -> AdapterChoice | None:

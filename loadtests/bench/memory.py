@@ -1,6 +1,5 @@
 """What is bound by memory: a single row, a merge; and how much of it adapters take."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -30,60 +29,63 @@ def large(*shape: int) -> Tensor:
     return torch.empty(*shape) if found is None else found.empty(*shape)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second at which all threads read memory: the better of a sum and a product with a vector."""
+def reader() -> Callable[[], float]:
+    """A call that reads memory with all threads, and returns bytes per second: of a sum or a matrix by a vector, the better."""
     held = large(_FLOATS).fill_(1.0)
     matrix, vector = held.view(-1, 1024), torch.ones(1024)
-    return held.nbytes / min(_fastest(held.sum), _fastest(lambda: matrix @ vector))
+    return lambda: held.nbytes / min(_seconds(held.sum), _seconds(lambda: matrix @ vector))
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, at which one thread copies, as a merge runs on one."""
+def copier() -> Callable[[], float]:
+    """A call that copies with one thread, as a merge runs on one, and returns the bytes per second that it read and wrote."""
     source, target = large(_FLOATS).fill_(1.0), large(_FLOATS).fill_(0.0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
-    finally:
-        torch.set_num_threads(threads)
+
+    def copy() -> float:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+        finally:
+            torch.set_num_threads(threads)
+
+    return copy
 
 
 def bandwidth_of_one_row(folder: Path, figures: Figures) -> None:
-    """Decode alone: every weight is read once for each token."""
-    bandwidth = read_bandwidth()
-    model = load_base(folder)
+    """Decode alone: every weight is read once for each token. Memory drifts, so its speed is taken before each."""
+    read, model = reader(), load_base(folder)
     # The embedding is looked up, not read; tied to the head, it is that which is read.
     nbytes = sum(module.weight.nbytes for module in model.modules() if isinstance(module, torch.nn.Linear))
     ours = OurEngine(model, {})
-    for _ in range(4):
+    bandwidths, seconds = [], []
+    for _ in range(_REPEATS):
+        bandwidths.append(statistics.median(read() for _ in range(_REPEATS)))
         ours.run("base", 1)
-    seconds = ours.decode_seconds(Mode.BASE, 1)
+        seconds.append(ours.decode_seconds(Mode.BASE, 1))
     ours.close()
-    ratio = nbytes / seconds / bandwidth
-    facts = {"ms_per_token": round(seconds * 1e3, 2), "read_gb_per_s": round(bandwidth / 1e9, 1)}
+    ratio = statistics.median(nbytes / s / bandwidth for s, bandwidth in zip(seconds[1:], bandwidths[1:], strict=True))
+    facts = {"ms_per_token": _ms(seconds), "read_gb_per_s": round(statistics.median(bandwidths) / 1e9, 1)}
     figures.judge("bandwidth of base, batch 1 / read bandwidth", ratio, **facts)
 
 
 def bandwidth_of_merging(folder: Path, adapter: Adapter, figures: Figures) -> None:
     """A merge of weights that nobody holds: into the memory of others that were dropped for it, and, as the first merges of a
-    server, into fresh memory, which the system has to find and clear.
+    server, into fresh memory, which the system has to find and clear. Memory's own speed is taken beside each.
     """
-    model = load_base(folder)
+    copy, model = copier(), load_base(folder)
     bank = LoraBank(model, model.get_input_embeddings(), kernels=kernels())
     rank = adapter.config.r_max
     choice = AdapterChoice("one", rank, adapter.config.scale(rank))
-    buffer, seconds = None, []
+    buffer, seconds, ratios = None, [], []
     for _ in range(_REPEATS):
+        bandwidth = copy()
         started = time.perf_counter()
         merged = merge(adapter, choice, bank.site, buffer=buffer)
         seconds.append(time.perf_counter() - started)
         buffer = merged.buffer
-    bandwidth = copy_bandwidth()
-    nbytes = 2 * merged.nbytes
-    facts = {"copy_gb_per_s": round(bandwidth / 1e9, 1), "ms": round(statistics.median(seconds[1:]) * 1e3, 1)}
-    figures.judge("bandwidth of a cold merge / copy bandwidth", nbytes / statistics.median(seconds[1:]) / bandwidth, **facts)
-    fresh = nbytes / seconds[0] / bandwidth
-    figures.judge("bandwidth of a merge into fresh memory / copy bandwidth", fresh, ms=round(seconds[0] * 1e3, 1))
+        ratios.append(2 * merged.nbytes / seconds[-1] / bandwidth)
+    figures.judge("bandwidth of a cold merge / copy bandwidth", statistics.median(ratios[1:]), ms=_ms(seconds[1:]))
+    figures.judge("bandwidth of a merge into fresh memory / copy bandwidth", ratios[0], ms=_ms(seconds[:1]))
 
 
 def memory_of_ranks(folder: Path, adapter: Adapter, figures: Figures) -> None:
@@ -102,12 +104,11 @@ def memory_of_ranks(folder: Path, adapter: Adapter, figures: Figures) -> None:
     figures.judge("adapter memory at all ranks / at one", found[len(ranks)] / found[1])
 
 
-def _fastest(call: Callable[[], object]) -> float:
-    """Seconds."""
-    gc.collect()
-    found = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return min(found)
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _ms(seconds: list[float]) -> float:
+    return round(statistics.median(seconds) * 1e3, 1)
