@@ -229,20 +229,24 @@ class Outlook:
         prospect, line = self.prospect, self.prospect.line
         base_s, row_s, token_s = prospect.base_s, prospect.row_s.item(level), prospect.token_s.item(level)
         columns = rank if self._own_columns is None else max(0.0, rank - self._own_columns.item(level))
-        own_s = prospect.row_fixed_s + line.per_row_rank_s * rank + line.per_column_s * columns
-        prompt_s, factor_ms = line.per_row_rank_s * rank * self.ask.prompt_tokens, 1000 * factor
-        prompts = prospect.prompt_tokens_per_s * token_s
+        rank_s = line.per_row_rank_s * rank
+        own_s = prospect.row_fixed_s + rank_s + line.per_column_s * columns
+        prompt_s = rank_s * self.ask.prompt_tokens
+        slowdown = 1 + prospect.prompt_tokens_per_s * token_s
+        factor_ms = 1000 * factor
 
-        def ms(until: "_Until") -> float:
-            made, steps, part, read, arriving = until
-            seconds = base_s * steps + row_s * part + token_s * read + prompt_s + own_s * made
-            return factor_ms * seconds * (1 + arriving * row_s + prompts)
-
-        first_ms = ms(self._first)
-        last_ms = first_ms if last[0] == 1 else ms(last)
+        made, steps, part, read, arriving = self._first
+        seconds = base_s * steps + row_s * part + token_s * read + prompt_s + own_s * made
+        first_ms = last_ms = factor_ms * seconds * (slowdown + arriving * row_s)
+        gap_ms = 0.0
         # An answer that may end with its first token has the gap of one that does not.
-        tokens, long_ms = (last[0], last_ms) if last[0] > 1 else (self._last[0], ms(self._last))
-        gap_ms = (long_ms - first_ms) / max(1, tokens - 1)
+        made, steps, part, read, arriving = last if last[0] > 1 else self._last
+        if made > 1:
+            seconds = base_s * steps + row_s * part + token_s * read + prompt_s + own_s * made
+            long_ms = factor_ms * seconds * (slowdown + arriving * row_s)
+            gap_ms = (long_ms - first_ms) / (made - 1)
+            if last[0] > 1:
+                last_ms = long_ms
         return Times(first_ms + self._elapsed_ms, gap_ms, last_ms + self._elapsed_ms)
 
 
