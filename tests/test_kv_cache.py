@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from service.engine.attention import AttentionCall
 from service.engine.kv_cache import CacheRoom, KVCache, LayerShape, Span
 from service.engine.native.kernels import kernels
+from tests.native_widths import WIDTHS, kernels_of
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -39,17 +40,19 @@ def packed(parts: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     "places", [[(900, 1), (3, 1), (20, 1), (257, 1), (511, 1), (899, 1)], [(0, 7), (600, 1), (330, 40), (5, 1)]]
 )
-@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("kernels_width", [*WIDTHS, None])
 def test_rows_of_any_length_see_what_plain_attention_sees(
-    window: int | None, softcap: float | None, places: list[tuple[int, int]], is_native: bool
+    window: int | None, softcap: float | None, places: list[tuple[int, int]], kernels_width: str | None
 ) -> None:
+    if kernels_width and kernels() is None:
+        pytest.skip("there is no C compiler")
     torch.manual_seed(0)
     layer = nn.Identity()
     block_tokens = 16
     shape = LayerShape(KV_HEADS, DIM, DIM, window)
     needed = [-(-(start + length) // block_tokens) for start, length in places]
     room = CacheRoom({layer: shape}, sum(needed), block_tokens, torch.float32, torch.device("cpu"))
-    cache = KVCache(room, kernels() if is_native else None)
+    cache = KVCache(room, kernels_of(kernels_width) if kernels_width else None)
     shuffled = torch.split(torch.randperm(sum(needed)), needed)  # nobody's blocks are in order
     keys = [torch.randn(KV_HEADS, start + length, DIM) for start, length in places]
     values = [torch.randn(KV_HEADS, start + length, DIM) for start, length in places]
@@ -72,3 +75,26 @@ def test_rows_of_any_length_see_what_plain_attention_sees(
         for query, key, value in zip(queries, keys, values, strict=True)
     ]
     torch.testing.assert_close(got, torch.cat(expected))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.skipif(kernels() is None, reason="there is no C compiler")
+def test_a_prompt_row_has_the_same_bits_in_chunks_of_any_size(width: str, window: int | None) -> None:
+    torch.manual_seed(0)
+    layer, tokens = nn.Identity(), 200
+    room = CacheRoom({layer: LayerShape(KV_HEADS, DIM, DIM, window)}, 16, 16, torch.float32, torch.device("cpu"))
+    query, key, value = torch.randn(HEADS, tokens, DIM), torch.randn(KV_HEADS, tokens, DIM), torch.randn(KV_HEADS, tokens, DIM)
+    blocks = torch.randperm(16).tolist()
+
+    def attend_in(lengths: Sequence[int]) -> Tensor:
+        cache = KVCache(room, kernels_of(width))
+        outs, start = [], 0
+        for length in lengths:
+            rows = slice(start, start + length)
+            call = AttentionCall(query[:, rows], key[:, rows], value[:, rows], DIM**-0.5, window, None)
+            outs.append(cache.plan([Span(start, length, blocks)]).attend(layer, call))
+            start += length
+        return torch.cat(outs)
+
+    assert torch.equal(attend_in([tokens]), attend_in([7, 2, 64, 33, 94]))

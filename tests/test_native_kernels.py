@@ -9,15 +9,15 @@ import torch
 from service.engine.native import prebuilt
 from service.engine.native.kernels import BLOCK_ROWS, PANEL, Kernels, LoraRows, Term, kernels, pack, unpack
 from service.engine.native.prebuilt import LEVELS, build_all, prebuilt_library
+from tests.native_widths import WIDTHS, kernels_of
 
 found = kernels()
 pytestmark = pytest.mark.skipif(found is None, reason="there is no C compiler")
 
 
-@pytest.fixture
-def native() -> Kernels:
-    assert found is not None
-    return found
+@pytest.fixture(params=WIDTHS)
+def native(request: pytest.FixtureRequest) -> Kernels:
+    return kernels_of(request.param)
 
 
 def test_kernels_built_ahead_are_the_best_that_the_processor_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from service.core import (
     Usage,
 )
 from service.engine.blocks import BlockPool
+from service.engine.options import EngineOptions
 from service.engine.scheduler import Scheduler
 from service.engine.scheduler import Sequence as Running
 from service.http.generation.measurement import Measurement, SequenceMeasurement
@@ -40,7 +41,7 @@ from service.rank.rank_policy import RankDecision, RankFacts, decide
 from service.rank.safety import SafetyFactor
 from service.slo import Slo
 
-SIZES = EngineSizes(max_running=64, max_batch_tokens=512, prefill_chunk_tokens=16)
+SIZES = EngineSizes(max_running=64, max_batch_tokens=512, prefill_chunk_tokens=EngineOptions.prefill_chunk_tokens)
 PROMPT_TOKENS = 40
 BOOK = PolicyBook({"latency": Policy(PolicyKind.LATENCY), KEPT: Policy(PolicyKind.LATENCY, elastic=False)}, "latency")
 _TOKEN = Token(1, "", 0.0)

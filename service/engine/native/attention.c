@@ -2,6 +2,7 @@
 
    Keys and values stand in a cache of slots [slots, kv_heads, dim], cut into blocks of `block_tokens`. */
 
+#undef LANES
 #define LANES 8 /* heads are as narrow as 8 */
 #include "attention.h"
 #include "vectors.h"

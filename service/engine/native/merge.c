@@ -9,9 +9,9 @@
 /* A store past the caches: merged weights are more than they hold, and a line that is to be overwritten whole need not be
    read first. `at` is aligned to the vector. */
 static inline void stream(float *at, vec value) {
-#if LANES == 16
+#if LANES == 16 && defined __AVX512F__
     _mm512_stream_ps(at, (__m512)value);
-#elif defined __AVX__
+#elif LANES == 8 && defined __AVX__
     _mm256_stream_ps(at, (__m256)value);
 #else
     store(at, value);
