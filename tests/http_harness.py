@@ -1,6 +1,8 @@
 """A whole server around FakeEngine: in process for most tests, behind a real socket where the network matters."""
 
 import io
+import json
+import socket
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -135,3 +137,13 @@ def on_socket(root: Path, **options: Any) -> Iterator[tuple[Server, DrainingServ
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+@contextmanager
+def unread(url: str | httpx.URL, route: str, body: object) -> Iterator[None]:
+    """A client that has sent a request and goes away, at the end of the block, without having read anything."""
+    url, content = httpx.URL(url), json.dumps(body).encode()
+    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection((url.host, url.port or 0), timeout=20) as connection:
+        connection.sendall(head.encode() + content)
+        yield
