@@ -3,11 +3,13 @@
 import os
 import random
 import sys
+from pathlib import Path
 
 # Before torch and transformers are imported, and inherited by the servers that tests start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).parents[1] / ".venv" / ".cache" / "hypothesis"))
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels of the GPU, on tensors of the CPU; `make test-gpu` says 0
 
 import hypothesis
