@@ -7,11 +7,14 @@ import pytest
 
 from adapters.quality import Metric, QualityProfile
 from service.core import Mode, StepReport
+from service.http.generation.measurement import Measurement
+from service.http.metrics import Metrics
 from service.rank.auto_rank import AutoRank, Price
 from service.rank.ladder import TOP, constant, kept_quality, ladder
 from service.rank.load import InFlight
 from service.rank.prospect import Ask, EngineSizes
-from service.rank.rank_policy import RankFacts
+from service.rank.rank_policy import RankDecision, RankFacts, RankReason
+from service.slo import Slo
 from tests.made_up_steps import known_model, true_seconds
 
 SIZES = EngineSizes(max_running=64, max_batch_tokens=512, prefill_chunk_tokens=16)
@@ -92,6 +95,20 @@ def test_those_in_flight_make_room_for_who_comes_before_the_next_step() -> None:
     machine.add(30, due_s=2.3)
     machine.auto_rank.on_arrival()
     assert len({each.rank for each in machine.live}) == 1
+    assert machine.live[0].rank < 64
+
+
+def test_a_submission_makes_that_room() -> None:
+    machine = Machine()
+    machine.add(10, due_s=60.0)
+    machine.step()
+    decision = RankDecision(STEPS[0], RankReason.SLO, "latency", ladder=STEPS, is_elastic=True)
+    for number in range(30):
+        measurement = Measurement(
+            machine.auto_rank, Metrics(), slo=Slo(latency_ms=2300), decision=decision, predicted=None, arrived_at=machine.now
+        )
+        with measurement.sequence(f"new{number}", Ask(40, NEW_TOKENS), lambda rank: None).in_flight():
+            pass
     assert machine.live[0].rank < 64
 
 
