@@ -54,6 +54,16 @@ def test_it_follows_a_machine_that_becomes_slower() -> None:
     assert after[100] < 0.1 < before[100]
 
 
+def test_a_dozen_steps_tell_that_the_machine_became_slower_for_all_others_too() -> None:
+    model = LatencyModel(trained(some_steps(0, 300)).statistics())
+    few = [step for step in some_steps(2, 400) if step.mode is Mode.MIXED and not step.prefill_tokens][:12]
+    for step in few:
+        model.on_step(replace(step, seconds=1.4 * step.seconds))
+    others = (step for step in some_steps(1, 400) if step.mode is Mode.BASE or step.prefill_tokens)
+    found = errors(model, (replace(step, seconds=1.4 * step.seconds) for step in others))
+    assert found[len(found) // 2] < 0.1
+
+
 def test_a_step_that_waited_for_another_process_counts_for_little() -> None:
     model = LatencyModel(trained(some_steps(0, 300)).statistics())
     for number, step in enumerate(some_steps(2, 400)):
@@ -107,6 +117,17 @@ def test_what_is_written_down_predicts_the_same(seen: list[StepReport], step: St
     statistics = trained(iter(seen)).statistics()
     read = {mode: Statistics.from_json(json.loads(json.dumps(each.to_json()))) for mode, each in statistics.items()}
     assert LatencyModel(read).seconds(step) == LatencyModel(statistics).seconds(step)
+
+
+def test_to_ask_what_was_seen_changes_nothing_of_what_is_learned() -> None:
+    asked, unasked = LatencyModel(), LatencyModel()
+    for step in some_steps(0, 150):
+        for model in (asked, unasked):
+            model.on_step(step)
+        asked.statistics()
+        assert asked.seconds(step) == pytest.approx(unasked.seconds(step))
+    for mode, found in asked.statistics().items():
+        np.testing.assert_allclose(found.gram, unasked.statistics()[mode].gram)
 
 
 @pytest.mark.parametrize(

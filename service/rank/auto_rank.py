@@ -160,6 +160,9 @@ class AutoRank:
 
     def _reprice(self) -> None:
         now = self.clock()
+        if not self.book.judged:  # nobody whom a price could help
+            self.price.move(0, now)
+            return
         try:
             prospect = self._prospect(Mode.MIXED if self.book.adapters else Mode.BASE, now)
         except NotReady:

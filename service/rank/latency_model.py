@@ -11,8 +11,9 @@ negative, so a prediction never falls as work is added, and in the rank it is a 
 
 The fit is least squares on the relative error, by coordinate descent on the normal equations, which are sums over steps:
 older steps fade, and what the sweep saw stays with the weight of `SWEEP_STEPS`, so that long uniform traffic does not wash
-out what is known of other loads. On top of it a ratio of measured to predicted seconds, for each mode and region of load,
-follows what changes faster than the fit.
+out what is known of other loads. On top of it ratios of measured to predicted seconds follow what changes faster than the fit:
+one for all steps alike, within a few steps, which is the machine's speed beside what others do on it, and one for each mode and
+region of load.
 """
 
 import math
@@ -44,7 +45,8 @@ _COLUMNS = 256.0  # units that bring every feature near 1, so that one ridge sui
 _RIDGE = 1e-4
 _REFIT_STEPS = 32
 _FIRST_SWEEPS, _SWEEPS = 300, 10  # of the solver: from nothing, and from the last fit
-_RATIO_WEIGHT = 0.05
+_SPEED_WEIGHT, _RATIO_WEIGHT = 0.2, 0.05
+"""Of a step's error, by which the ratio of all steps moves, and the ratio of its mode and region."""
 _MAX_LOG_RATIO = math.log(4)
 _TRUSTED_ERROR = 0.5
 """A step off by more than this, relatively, counts less: on a shared machine some steps wait for others' work."""
@@ -81,11 +83,22 @@ class Statistics:
         """Nothing seen."""
         return cls(np.zeros((FEATURES, FEATURES)), np.zeros(FEATURES), 0.0)
 
-    def with_step(self, features: Floats, seconds: float, *, weight: float, fade: float) -> "Statistics":
-        """One step more, and a little less of all before it."""
-        relative = features / seconds
-        gram = fade * self.gram + weight * np.outer(relative, relative)
-        return Statistics(gram, fade * self.moment + weight * relative, fade * self.steps + weight)
+    def with_steps(self, features: Floats, seconds: Floats, weights: Floats) -> "Statistics":
+        """Some steps more, in their order, and each time a little less of all before.
+
+        Args:
+            features: of each.  # [steps, FEATURES]
+            seconds, weights: [steps]
+        """
+        number = len(seconds)
+        fade = 1 - 1 / MEMORY_STEPS
+        faded = fade**number
+        weights = weights * fade ** np.arange(number - 1, -1, -1)
+        relative = features / seconds[:, None]
+        weighted = weights[:, None] * relative
+        return Statistics(
+            faded * self.gram + weighted.T @ relative, faded * self.moment + weighted.sum(0), faded * self.steps + weights.sum()
+        )
 
     def plus(self, other: "Statistics") -> "Statistics":
         """Both together."""
@@ -154,13 +167,11 @@ class LatencyModel:
         predicted = self.seconds(report)
         error = math.log(report.seconds / predicted) if predicted else 0.0
         weight = min(1.0, _TRUSTED_ERROR / max(abs(error), 1e-9))
-        features = np.array(_features(report))
-        fade = 1 - 1 / MEMORY_STEPS
-        self._seen[mode] = self._seen[mode].with_step(features, report.seconds, weight=weight, fade=fade)
+        unfitted = self._unfitted[mode]
+        unfitted.append((report, weight))
         if predicted is not None:
             self._follow(report, error)
-        self._unfitted[mode] += 1
-        if self._unfitted[mode] >= (_REFIT_STEPS if mode in self._coefficients else 4):
+        if len(unfitted) >= (_REFIT_STEPS if mode in self._coefficients else 4):
             self._fit(mode, sweeps=_SWEEPS if mode in self._coefficients else _FIRST_SWEEPS)
 
     def seconds(self, report: StepReport) -> float | None:
@@ -189,7 +200,7 @@ class LatencyModel:
         rows = decode_rows + prefill_tokens
         fixed = _fixed(decode_rows, prefill_tokens, context_tokens, adapters if mode is Mode.MIXED else 0)
         seconds = sum(map(mul, c, fixed))
-        ratio = math.exp(self._log_ratios.get(_region(source, rows, prefill_tokens), 0.0))
+        ratio = math.exp(self._log_speed + self._log_ratios.get(_region(source, rows, prefill_tokens), 0.0))
         if mode is not Mode.MIXED:
             return StepTime(ratio * seconds)
         per_column = (c[FIXED] + c[FIXED + 1] * rows / 64) / _COLUMNS
@@ -198,28 +209,38 @@ class LatencyModel:
     def statistics(self) -> dict[Mode, Statistics]:
         """All that was seen, to be the prior of another."""
         with self._lock:
-            return {mode: self._prior.get(mode, Statistics.none()).plus(self._seen[mode]) for mode in Mode}
+            return {mode: self._prior.get(mode, Statistics.none()).plus(self._all_seen(mode)) for mode in Mode}
 
     def adopt(self, prior: Mapping[Mode, Statistics]) -> None:
         """Take what a sweep saw in place of all that was seen until now."""
         with self._lock:
             self._prior = dict(prior)
             self._seen = {mode: Statistics.none() for mode in Mode}
+            self._log_speed = 0.0
             self._log_ratios: dict[tuple[Mode, bool, int], float] = {}
-            self._unfitted = dict.fromkeys(Mode, 0)
+            self._unfitted: dict[Mode, list[tuple[StepReport, float]]] = {mode: [] for mode in Mode}
             for mode in Mode:
                 self._fit(mode, sweeps=_FIRST_SWEEPS)
 
     def _follow(self, report: StepReport, error: float) -> None:
         region = _region(report.mode, report.decode_rows + report.prefill_tokens, report.prefill_tokens)
-        error = max(-_TRUSTED_ERROR, min(_TRUSTED_ERROR, error))
-        moved = self._log_ratios.get(region, 0.0) + _RATIO_WEIGHT * error
-        self._log_ratios[region] = max(-_MAX_LOG_RATIO, min(_MAX_LOG_RATIO, moved))
+        error = _within(_TRUSTED_ERROR, error)
+        self._log_speed = _within(_MAX_LOG_RATIO, self._log_speed + _SPEED_WEIGHT * error)
+        self._log_ratios[region] = _within(_MAX_LOG_RATIO, self._log_ratios.get(region, 0.0) + _RATIO_WEIGHT * error)
+
+    def _all_seen(self, mode: Mode) -> Statistics:
+        """With the last steps, which are kept as they are until a fit: one at a time would take the engine's thread longer."""
+        unfitted = self._unfitted[mode]
+        if not unfitted:
+            return self._seen[mode]
+        features = np.array([_features(report) for report, _ in unfitted])
+        seconds = np.array([report.seconds for report, _ in unfitted])
+        weights = np.array([weight for _, weight in unfitted])
+        return self._seen[mode].with_steps(features, seconds, weights)
 
     def _fit(self, mode: Mode, *, sweeps: int) -> None:
-        prior = self._prior.get(mode, Statistics.none())
-        both = prior.weighing(SWEEP_STEPS).plus(self._seen[mode])
-        self._unfitted[mode] = 0
+        self._seen[mode], self._unfitted[mode] = self._all_seen(mode), []
+        both = self._prior.get(mode, Statistics.none()).weighing(SWEEP_STEPS).plus(self._seen[mode])
         if both.steps < ENOUGH_STEPS:
             return
         start = np.array(self._coefficients.get(mode, (0.0,) * FEATURES))
@@ -288,6 +309,10 @@ def _features(report: StepReport) -> tuple[float, ...]:
         return (*fixed, 0.0, 0.0, 0.0)
     columns = report.columns / _COLUMNS
     return (*fixed, columns, columns * rows / 64, report.row_ranks / (64 * _COLUMNS))
+
+
+def _within(limit: float, value: float) -> float:
+    return max(-limit, min(limit, value))
 
 
 def _region(mode: Mode, rows: int, prefill_tokens: int) -> tuple[Mode, bool, int]:

@@ -30,6 +30,7 @@ class InFlight:
         change: how its rank is changed while it runs; None where it keeps the one that it began with.
         generated: tokens that it has made.
         worth: the share of its quality that each price leaves.
+        has_objectives: whether anything is due.
     """
 
     version: str | None
@@ -43,14 +44,11 @@ class InFlight:
     change: Callable[[int], None] | None = None
     generated: int = field(default=0, init=False)
     worth: Floats = field(init=False)
+    has_objectives: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.worth = kept_quality(self.ladder)
-
-    @property
-    def has_objectives(self) -> bool:
-        """Whether anything is due."""
-        return self.due_at is not None or self.first_due_at is not None or self.gap_s is not None
+        self.has_objectives = self.due_at is not None or self.first_due_at is not None or self.gap_s is not None
 
 
 class Traffic(NamedTuple):
@@ -101,12 +99,13 @@ class LoadBook:
         columns: adapter columns that all would use at each price: the sum over adapters of the largest rank.
         row_ranks: sum of the ranks of all at each price.
         requests: all in flight, in the order in which they came.
+        judged: number of those that have objectives.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.decoding = self.waiting = self.waiting_prompt_tokens = 0
-        self.context_tokens = self.remaining_tokens = 0
+        self.context_tokens = self.remaining_tokens = self.judged = 0
         self.columns, self.row_ranks = np.zeros(LEVELS), np.zeros(LEVELS)
         self.requests: dict[InFlight, None] = {}
         self._users: dict[str | None, _Users] = {}
@@ -201,6 +200,7 @@ class LoadBook:
         return 1.0 if self._arrived_at is None else math.exp(-max(0.0, now - self._arrived_at) / TRAFFIC_S)
 
     def _count(self, request: InFlight, one: int) -> None:
+        self.judged += one * request.has_objectives
         self.row_ranks += one * np.array(request.ladder)
         users = self._users.setdefault(request.version, _Users())
         self.columns -= users.columns
