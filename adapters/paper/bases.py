@@ -98,12 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="one folder is made here for each base")
     parser.add_argument("--only", type=BaseName, choices=list(BaseName), help="default: both, one after the other")
     parser.add_argument("--steps", type=int, help="training steps, to try it out")
+    parser.add_argument("--no-bf16", action="store_true", help="compute in float32: faster where the processor has no bfloat16")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for name in [options.only] if options.only else BaseName:
         recipe = RECIPES[name]
         if options.steps is not None:
             recipe = replace(recipe, settings=replace(recipe.settings, steps=options.steps))
+        if options.no_bf16:
+            recipe = replace(recipe, settings=replace(recipe.settings, bf16=False))
         try:
             make_base(name, options.data, options.out / name, recipe)
         except AdapterError as error:
