@@ -16,8 +16,8 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor, *, window: int | None, softcap: float | None) -> Tensor:
     """The last rows of one sequence over all of it: [heads, rows, dim], [kv_heads, tokens, dim] to [rows, heads, dim]."""
-    keys, values = (each.repeat_interleave(HEADS // KV_HEADS, 0) for each in (keys, values))
-    scores = query @ keys.transpose(1, 2) * DIM**-0.5
+    keys, values = (each.repeat_interleave(len(query) // len(each), 0) for each in (keys, values))
+    scores = query @ keys.transpose(1, 2) * query.shape[-1] ** -0.5
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     tokens = keys.shape[1]
@@ -98,3 +98,45 @@ def test_a_prompt_row_has_the_same_bits_in_chunks_of_any_size(width: str, window
         return torch.cat(outs)
 
     assert torch.equal(attend_in([tokens]), attend_in([7, 2, 164, 133, 94]))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("window", [None, 600])
+@pytest.mark.skipif(kernels() is None, reason="there is no C compiler")
+def test_a_long_row_has_the_same_bits_alone_and_beside_others_by_any_number_of_threads(width: str, window: int | None) -> None:
+    """Its positions are taken in parts, by heads or by all threads; 32 of these are a span, and 256 a part."""
+    torch.manual_seed(0)
+    heads, kv_heads, dim, block_tokens = 12, 4, 64, 16
+    ends = [1500, 1, 31, 33, 256, 257, 300, 801, 1500, 513]
+    needed = [-(-end // block_tokens) for end in ends]
+    layer = nn.Identity()
+    room = CacheRoom(
+        {layer: LayerShape(kv_heads, dim, dim, window)}, sum(needed), block_tokens, torch.float32, torch.device("cpu")
+    )
+    cache = KVCache(room, kernels_of(width))
+    tables = torch.split(torch.randperm(sum(needed)), needed)
+    query, key, value = (
+        [torch.randn(count, length, dim) for length in lengths]
+        for count, lengths in ((heads, [1] * len(ends)), (kv_heads, ends), (kv_heads, ends))
+    )
+
+    def attend(rows: Sequence[int]) -> Tensor:
+        spans = [Span(ends[row] - 1, 1, tables[row].tolist()) for row in rows]
+        last_keys, last_values = ([each[row][:, -1:] for row in rows] for each in (key, value))
+        call = AttentionCall(packed([query[row] for row in rows]), packed(last_keys), packed(last_values), 0.125, window, None)
+        return cache.plan(spans).attend(layer, call)
+
+    for row, end in enumerate(ends):
+        before = AttentionCall(torch.zeros(heads, end, dim), key[row], value[row], 0.125, window, None)
+        cache.plan([Span(0, end, tables[row].tolist())]).attend(layer, before)
+    together = attend(range(len(ends)))
+    expected = [plain_attention(*each, window=window, softcap=None) for each in zip(query, key, value, strict=True)]
+    torch.testing.assert_close(together, torch.cat(expected))
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(torch.cat([attend([row]) for row in range(len(ends))]), together)
+            assert torch.equal(attend([0, 5]), together[[0, 5]])
+    finally:
+        torch.set_num_threads(threads)

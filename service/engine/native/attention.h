@@ -24,8 +24,11 @@ struct attention {
     struct seen seen;
 };
 
+/* Memory for what parts of rows find, which all threads share; the calling thread's, and good until it asks for more. */
+float *dylora_room_for_parts(const struct attention *a);
+
 /* To be called by every thread of a parallel region, whose other threads may still compute when it returns. */
-void dylora_attend_together(const struct attention *a);
+void dylora_attend_together(const struct attention *a, float *parts);
 void dylora_attend_chunks(const struct attention *a); /* the part of it that is of prompts */
 
 #endif

@@ -127,17 +127,26 @@ static void after_attention(const struct block *b, const struct step *s, const s
     multiply_in(room, s, room->gate, b->inner, &down, 1);
 }
 
+static struct attention attention_of(const struct block *b, const struct room *room, const struct seen *seen) {
+    return (struct attention){room->query, b->heads * b->dim, b->dim, b->keys, b->values, room->attended, b->heads,
+                              b->kv_heads, b->dim, b->dim, b->window, b->scale, 0, *seen};
+}
+
 /* All blocks, one after the other, and the norm that ends them; x [rows, hidden] is overwritten with the result. */
 void dylora_blocks(
     const struct block *const *blocks, long count, const struct step *s, const struct seen *seen, const float *norm, float *x, int threads) {
     struct room room = room_for(blocks[0], s);
+    float *parts = 0;
+    for (long i = 0; i < count; i++) { /* one that sees further than the others needs more */
+        struct attention attention = attention_of(blocks[i], &room, seen);
+        parts = dylora_room_for_parts(&attention);
+    }
 #pragma omp parallel num_threads(threads)
     for (long i = 0; i < count; i++) {
         const struct block *b = blocks[i];
-        struct attention attention = {room.query, b->heads * b->dim, b->dim, b->keys, b->values, room.attended, b->heads,
-                                      b->kv_heads, b->dim, b->dim, b->window, b->scale, 0, *seen};
+        struct attention attention = attention_of(b, &room, seen);
         before_attention(b, s, &room, x);
-        dylora_attend_together(&attention);
+        dylora_attend_together(&attention, parts);
 #pragma omp barrier
         after_attention(b, s, &room, x);
 #pragma omp barrier

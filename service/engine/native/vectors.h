@@ -46,16 +46,25 @@ static inline long at_most(long a, long b) { return a < b ? a : b; }
 static inline long most_of(long a, long b) { return a > b ? a : b; }
 static inline long shares(long a, long b) { return (a + b - 1) / b; } /* of b each that make up a */
 
-/* Memory that a thread keeps: fresh memory would cost a page fault for every 4 KiB. */
-static inline float *scratch(size_t floats) {
-    static __thread float *held;
-    static __thread size_t size;
-    if (size < floats) {
-        free(held);
-        size = floats;
-        if (posix_memalign((void **)&held, 64, size * sizeof(float))) abort();
+/* Memory that is kept: fresh memory would cost a page fault for every 4 KiB. */
+struct held {
+    float *at;
+    size_t size;
+};
+
+static inline float *room_in(struct held *held, size_t floats) {
+    if (held->size < floats) {
+        free(held->at);
+        held->size = floats;
+        if (posix_memalign((void **)&held->at, 64, floats * sizeof(float))) abort();
     }
-    return held;
+    return held->at;
+}
+
+/* A thread's own. */
+static inline float *scratch(size_t floats) {
+    static __thread struct held own;
+    return room_in(&own, floats);
 }
 
 /* e^x by Cephes' expf: reduction by powers of two and a polynomial; relative error 2e-7. */
