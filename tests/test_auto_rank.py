@@ -105,7 +105,7 @@ def test_a_submission_makes_that_room() -> None:
     decision = RankDecision(STEPS[0], RankReason.SLO, "latency", ladder=STEPS, is_elastic=True)
     for number in range(30):
         measurement = Measurement(
-            machine.auto_rank, Metrics(), slo=Slo(latency_ms=2300), decision=decision, predicted=None, arrived_at=machine.now
+            machine.auto_rank, Metrics(), slo=Slo(latency_ms=3500), decision=decision, predicted=None, arrived_at=machine.now
         )
         with measurement.sequence(f"new{number}", Ask(40, NEW_TOKENS), lambda rank: None).in_flight():
             pass

@@ -57,10 +57,12 @@ def _until(moment: float | None, now: float) -> float:
 
 
 def likelihood(share: Floats) -> Floats:
-    """How likely it is that a request is in time whose predicted time is this share of what it has: 1 / (1 + share ** 6).
+    """How likely it is that a request is in time whose predicted time is this share of what it has: 1 / (1 + share ** 8).
 
-    That is 0.98 where half of the time is taken, 0.79 at 80% and 0.25 at 120%.
+    That is 0.996 where half of the time is taken, 0.86 at 80% and 0.19 at 120%. Chosen in simulation: where it falls earlier,
+    rank is given up for what is in time anyway, where it falls later, for less than what is late.
     """
-    cube = share * share * share
-    likely: Floats = 1 / (1 + cube * cube)
+    squared = share * share
+    fourth = squared * squared
+    likely: Floats = 1 / (1 + fourth * fourth)
     return likely
