@@ -123,18 +123,10 @@ static struct course course_of(const struct attention *a, long number) {
     return (struct course){begin, end - begin, span, parts, shares(spans, parts) * span};
 }
 
-struct counts {
-    long most, all; /* parts of a row, and of all rows */
-};
-
-static struct counts count_parts(const struct attention *a) {
-    struct counts counts = {0, 0};
-    for (long row = 0; row < a->seen.rows; row++) {
-        long parts = course_of(a, a->seen.pieces + row).parts;
-        counts.most = most_of(counts.most, parts);
-        counts.all += parts;
-    }
-    return counts;
+/* Of each row the number of its first part, counted over all rows, and at last how many there are; firsts [rows + 1]. */
+static void number_parts(const struct attention *a, long *firsts) {
+    firsts[0] = 0;
+    for (long row = 0; row < a->seen.rows; row++) firsts[row + 1] = firsts[row] + course_of(a, a->seen.pieces + row).parts;
 }
 
 /* Floats of what a part finds: of each query head its sums, and `found`. */
@@ -142,7 +134,9 @@ static long part_size(const struct attention *a) { return a->heads * (a->value_d
 
 float *dylora_room_for_parts(const struct attention *a) {
     static __thread struct held shared;
-    return room_in(&shared, a->seen.rows * count_parts(a).most * part_size(a) + 1);
+    long firsts[a->seen.rows + 1];
+    number_parts(a, firsts);
+    return room_in(&shared, firsts[a->seen.rows] * part_size(a));
 }
 
 /* One part of a row by its key/value heads from `first` to `end`: sums [heads, value_dim] of values weighted by
@@ -221,34 +215,35 @@ static void join_parts(const struct attention *a, const float *found_by, long pa
 void dylora_attend_together(const struct attention *a, float *parts) {
     const struct seen *seen = &a->seen;
     if (seen->pieces) dylora_attend_chunks(a);
-    struct counts counts = count_parts(a);
+    long firsts[seen->rows + 1], row = 0;
+    number_parts(a, firsts);
+    long all_parts = firsts[seen->rows], group = a->heads / a->kv_heads, row_size = a->heads * a->value_dim;
     /* Heads of a position stand together in memory, so with parts enough for all threads each takes them together. */
-    long splits = counts.all < 2 * omp_get_num_threads() ? a->kv_heads : 1, heads = a->kv_heads / splits;
-    long most = counts.most, group = a->heads / a->kv_heads, row_size = a->heads * a->value_dim;
-#pragma omp for schedule(dynamic, 1) nowait
-    for (long item = 0; item < seen->rows * most * splits; item++) {
-        long row = item / (most * splits), part = item / splits % most, first = item % splits * heads;
+    long splits = all_parts < 2 * omp_get_num_threads() ? a->kv_heads : 1, heads = a->kv_heads / splits;
+#pragma omp for schedule(monotonic : dynamic, 1) nowait
+    for (long item = 0; item < all_parts * splits; item++) {
+        long part = item / splits, first = item % splits * heads;
+        while (firsts[row + 1] <= part) row++;
         struct course course = course_of(a, seen->pieces + row);
-        if (part >= course.parts) continue;
         struct found own[heads * group], *found = own;
         float *sums = a->out + seen->query_rows[seen->pieces + row] * row_size;
         if (course.parts > 1) {
-            sums = parts + (row * most + part) * part_size(a);
+            sums = parts + part * part_size(a);
             found = (struct found *)(sums + row_size) + first * group;
         }
         sums += first * group * a->value_dim;
-        attend_part(a, seen->pieces + row, &course, part, first, first + heads, sums, found);
+        attend_part(a, seen->pieces + row, &course, part - firsts[row], first, first + heads, sums, found);
         if (course.parts == 1)
             for (long h = 0; h < heads * group; h++)
                 add_shares(sums + h * a->value_dim, 1 / found[h].total, sums + h * a->value_dim, 0, a->value_dim);
     }
-    if (most < 2) return;
+    if (all_parts == seen->rows) return;
 #pragma omp barrier
 #pragma omp for schedule(static) nowait
-    for (long row = 0; row < seen->rows; row++) {
-        long own = course_of(a, seen->pieces + row).parts;
-        float *out = a->out + seen->query_rows[seen->pieces + row] * row_size;
-        if (own > 1) join_parts(a, parts + row * most * part_size(a), own, out);
+    for (long joined = 0; joined < seen->rows; joined++) {
+        long count = firsts[joined + 1] - firsts[joined];
+        float *out = a->out + seen->query_rows[seen->pieces + joined] * row_size;
+        if (count > 1) join_parts(a, parts + firsts[joined] * part_size(a), count, out);
     }
 }
 
