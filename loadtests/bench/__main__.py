@@ -2,9 +2,10 @@
 
 Sweeps: `rates`, the base, one merged adapter and eight adapters of ranks 2 to 16 mixed, beside the other engines; `wide`, 32
 rows over 32 adapters of rank 64; `zipf`, 1,000 adapters of which some are asked for far more often than others; `bandwidth`
-and `merge`, as shares of what memory gives; `prefix` and `gaps`, waits for tokens; `ranks`, memory; `products`, other ways to
-compute the adapters' product. All of them with llama.cpp and vLLM take about 15 minutes on two cores, 3 minutes without
-`rates`. A table of targets ends the output. What HTTP costs beside the engine alone is measured by loadtests.http_overhead.
+and `merge`, as shares of what memory gives; `contexts`, steps of rows that have seen more; `prefix` and `gaps`, waits for
+tokens; `ranks`, memory; `products`, other ways to compute the adapters' product. All of them with llama.cpp and vLLM take about
+15 minutes on two cores, 3 minutes without `rates`. A table of targets ends the output. What HTTP costs beside the engine alone
+is measured by loadtests.http_overhead.
 `--dtypes` and `--device` let rates, wide and zipf run in other formats and on a GPU.
 """
 
@@ -19,14 +20,14 @@ from loadtests import workload
 from loadtests.bench.contenders import Contender, Peft, Worker
 from loadtests.bench.engine import OurEngine, load_adapters, many_adapters, wide_adapters
 from loadtests.bench.figures import Figures
-from loadtests.bench.memory import bandwidth_of_merging, bandwidth_of_one_row, memory_of_ranks
+from loadtests.bench.memory import bandwidth_of_merging, bandwidth_of_one_row, decode_over_contexts, memory_of_ranks
 from loadtests.bench.products import compare_products
 from loadtests.bench.rates import compare_rates
 from loadtests.bench.waits import first_token_of_a_cached_prefix, gaps_while_a_prompt_enters
 from loadtests.workload import load_base
 from service.core import Compile
 
-SWEEPS = ("rates", "wide", "zipf", "bandwidth", "merge", "prefix", "gaps", "ranks", "products")
+SWEEPS = ("rates", "wide", "zipf", "bandwidth", "contexts", "merge", "prefix", "gaps", "ranks", "products")
 MODES = ("base", "merged", "mixed")
 DTYPES = ("float32", "bfloat16", "float16")
 _WORKERS = Path(__file__).parents[1] / "peers"
@@ -59,6 +60,8 @@ def _run(sweep: str, folder: Path, options: argparse.Namespace, figures: Figures
         _alone(OurEngine(model, adapters | many_adapters(adapters), ("mixed", "zipf")), options, figures)
     elif sweep == "bandwidth":
         bandwidth_of_one_row(folder, figures)
+    elif sweep == "contexts":
+        decode_over_contexts(folder, options.rounds, figures)
     elif sweep == "merge":
         bandwidth_of_merging(folder, adapters["adapter3"], figures)
     elif sweep == "prefix":

@@ -94,6 +94,7 @@ class OurEngine(Contender):
         *,
         compile_: Compile = Compile.AUTO,
         prefix_cache: bool = False,
+        prefill_chunk_tokens: int = EngineOptions.prefill_chunk_tokens,
     ) -> None:
         is_half = model.dtype is not torch.float32
         self.name = f"dylora, {model.dtype}, compile {compile_}" if is_half else f"dylora, compile {compile_}"
@@ -101,7 +102,7 @@ class OurEngine(Contender):
         self._adapters = adapters
         self._steps: list[StepReport] = []
         tokenizer = workload.number_tokenizer(workload.CONFIG["vocab_size"])
-        options = EngineOptions(prefix_cache=prefix_cache, compile=compile_)
+        options = EngineOptions(prefix_cache=prefix_cache, compile=compile_, prefill_chunk_tokens=prefill_chunk_tokens)
         self._engine = Engine(prepare_model(model, tokenizer, name="workload"), options, self)
         for version, adapter in adapters.items():
             self._engine.load(version, adapter)

@@ -21,6 +21,7 @@ from service.engine.native.kernels import kernels
 
 _FLOATS = 100 << 20
 _REPEATS = 9
+_CONTEXT_ROWS, _CONTEXTS = (1, 8), (50, 500, 1500)
 
 
 def large(*shape: int) -> Tensor:
@@ -66,6 +67,23 @@ def bandwidth_of_one_row(folder: Path, figures: Figures) -> None:
     ratio = statistics.median(nbytes / s / bandwidth for s, bandwidth in zip(seconds[1:], bandwidths[1:], strict=True))
     facts = {"ms_per_token": _ms(seconds), "read_gb_per_s": round(statistics.median(bandwidths) / 1e9, 1)}
     figures.judge("bandwidth of base, batch 1 / read bandwidth", ratio, **facts)
+
+
+def decode_over_contexts(folder: Path, rounds: int, figures: Figures) -> None:
+    """Steps of rows that have seen more: milliseconds, and times those of the shortest context in the same round."""
+    ours = OurEngine(load_base(folder), {}, prefill_chunk_tokens=512)  # large: all are to generate before the first ends
+    for rows in _CONTEXT_ROWS:
+        found: dict[int, list[float]] = {context: [] for context in _CONTEXTS}
+        for _ in range(rounds + 1):
+            for context, seconds in found.items():
+                clients = [ours.submit(prompt, workload.NEW_TOKENS) for prompt in workload.prompts(rows, tokens=context)]
+                for client in clients:
+                    client.wait()
+                seconds.append(ours.decode_seconds(Mode.BASE, rows))
+        for context, seconds in found.items():
+            times = statistics.median(s / first for s, first in zip(seconds[1:], found[_CONTEXTS[0]][1:], strict=True))
+            figures.show(point="contexts", rows=rows, context=context, ms_per_step=_ms(seconds[1:]), times=round(times, 2))
+    ours.close()
 
 
 def bandwidth_of_merging(folder: Path, adapter: Adapter, figures: Figures) -> None:
