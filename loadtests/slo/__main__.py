@@ -35,6 +35,7 @@ TOKENS_PER_WORD = 1.4
 """Of E2E's references with the demo's tokenizer, roughly: what counts is that lengths vary as those do."""
 SETTINGS = {"policies": json.dumps({KEPT: {"kind": "latency", "elastic": False}}), "log_level": "warning"}
 ALONE_TOKENS, PROBES, ATTEMPTS = 32, 25, 10
+"""Of a request alone; times that it is measured for its usual time; times that a run is begun."""
 SCENARIOS = "poisson:2:elastic,poisson:9,gamma:6,step:7"
 
 
