@@ -4,7 +4,7 @@ Sweeps: `rates`, the base, one merged adapter and eight adapters of ranks 2 to 1
 rows over 32 adapters of rank 64; `zipf`, 1,000 adapters of which some are asked for far more often than others; `bandwidth`
 and `merge`, as shares of what memory gives; `contexts`, steps of rows that have seen more; `prefix` and `gaps`, waits for
 tokens; `ranks`, memory; `products`, other ways to compute the adapters' product. All of them with llama.cpp and vLLM take about
-15 minutes on two cores, 3 minutes without `rates`. A table of targets ends the output. What HTTP costs beside the engine alone
+15 minutes on two cores, 6 minutes without `rates`. A table of targets ends the output. What HTTP costs beside the engine alone
 is measured by loadtests.http_overhead.
 `--dtypes` and `--device` let rates, wide and zipf run in other formats and on a GPU.
 """
