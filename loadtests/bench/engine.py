@@ -136,11 +136,19 @@ class OurEngine(Contender):
         self._engine.abort(client.request_id)
         client.wait()
 
-    def run(self, mode: str, batch: int, tokens: int = workload.NEW_TOKENS, turns: int = 1) -> float:
+    def run(
+        self,
+        mode: str,
+        batch: int,
+        tokens: int = workload.NEW_TOKENS,
+        turns: int = 1,
+        *,
+        prompt_tokens: int = workload.PROMPT_TOKENS,
+    ) -> float:
         """Keep `batch` requests of `tokens` each in flight, `turns` one after another in each row; seconds."""
         ended: SimpleQueue[int] = SimpleQueue()
         choices = [self.choice(self._version(mode, row)) for row in range(batch)]
-        prompts = workload.prompts(batch)
+        prompts = workload.prompts(batch, tokens=prompt_tokens)
 
         def submit(row: int) -> Client:
             return self.submit(prompts[row], tokens, choices[row], lambda: ended.put(row))

@@ -76,9 +76,7 @@ def decode_over_contexts(folder: Path, rounds: int, figures: Figures) -> None:
         found: dict[int, list[float]] = {context: [] for context in _CONTEXTS}
         for _ in range(rounds + 1):
             for context, seconds in found.items():
-                clients = [ours.submit(prompt, workload.NEW_TOKENS) for prompt in workload.prompts(rows, tokens=context)]
-                for client in clients:
-                    client.wait()
+                ours.run("base", rows, prompt_tokens=context)
                 seconds.append(ours.decode_seconds(Mode.BASE, rows))
         for context, seconds in found.items():
             times = statistics.median(s / first for s, first in zip(seconds[1:], found[_CONTEXTS[0]][1:], strict=True))

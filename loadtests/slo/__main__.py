@@ -58,28 +58,32 @@ class Experiment:
         for run in planned(self._options.scenarios, self._options.seeds):
             if run in done:
                 continue
-            if time.monotonic() > ends_at - self._options.seconds - 2 * self._options.warm_up_s:
-                print("the time is over; the same command goes on from here", flush=True)
-                return
-            await self._make(run)
+            for _ in range(ATTEMPTS):
+                if time.monotonic() > ends_at - self._options.seconds - 2 * self._options.warm_up_s:
+                    print("the time is over; the same command goes on from here", flush=True)
+                    return
+                if await self._make(run):
+                    break
+            else:
+                print(f"given up, the machine was never steady: {run}", flush=True)
 
-    async def _make(self, run: Run) -> None:
+    async def _make(self, run: Run) -> bool:
+        """Whether it was made: on a machine that was steady."""
         wish, seconds = POLICIES[run.policy], self._options.seconds
-        for _ in range(ATTEMPTS):
-            # With other requests first: what the server learnt of the run before must not serve this one.
-            await self._play(self._trace(run, 1000 + run.seed, self._options.warm_up_s), wish)
-            if not await self._is_steady():
-                continue
-            before = await self._server_counts()
-            outcomes = await self._play(self._trace(run, run.seed, seconds), wish)
-            counts = await self._server_counts()
-            counts.subtract(before)
-            counts_agree = +counts == _client_counts(outcomes)
-            if await self._is_steady():
-                self._file.add(run, seconds, outcomes, counts_agree=counts_agree)
-                return
+        # With other requests first: what the server learnt of the run before must not serve this one.
+        await self._play(self._trace(run, 1000 + run.seed, self._options.warm_up_s), wish)
+        if not await self._is_steady():
+            return False
+        before = await self._server_counts()
+        outcomes = await self._play(self._trace(run, run.seed, seconds), wish)
+        counts = await self._server_counts()
+        counts.subtract(before)
+        counts_agree = +counts == _client_counts(outcomes)
+        if not await self._is_steady():
             print(f"the machine was disturbed: {run}, counts_agree={counts_agree}", flush=True)
-        print(f"given up, the machine was never steady: {run}", flush=True)
+            return False
+        self._file.add(run, seconds, outcomes, counts_agree=counts_agree)
+        return True
 
     async def _is_steady(self) -> bool:
         off = abs(await self._alone_ms() / self._token_ms - 1)

@@ -7,7 +7,7 @@ for its quality, so neither drives the ranks of the others down.
 
 import numpy as np
 
-from service.rank.ladder import LEVELS, TOP, Floats
+from service.rank.ladder import TOP, Floats
 from service.rank.prospect import Prospect
 
 IN_TIME = 3.0
@@ -26,6 +26,7 @@ def best_level(prospect: Prospect, now: float, safety: float) -> int:
     It does not rise further where that saves next to nothing.
 
     Args:
+        prospect: of requests of which at least one has objectives.
         safety: the factor on predicted times.
     """
     full_s = prospect.full_s
@@ -35,8 +36,6 @@ def best_level(prospect: Prospect, now: float, safety: float) -> int:
 
 def _worth(prospect: Prospect, now: float, safety: float) -> Floats:
     is_judged = np.array([each.has_objectives for each in prospect.requests], dtype=bool)
-    if not is_judged.any():
-        return np.zeros(LEVELS)
     requests = [each for each in prospect.requests if each.has_objectives]
     starts, ends = prospect.starts[is_judged, None], prospect.ends[is_judged, None]
     left = np.array([[_until(each.due_at, now)] for each in requests])

@@ -194,6 +194,11 @@ static void add_shares(float *out, float kept, const float *more, float added, l
     for (long d = 0; d < dim; d += LANES) store(out + d, load(out + d) * kept + load(more + d) * added);
 }
 
+/* Sums of weighted values become means. */
+static void divide(float *sums, float total, long dim) {
+    for (long d = 0; d < dim; d += LANES) store(sums + d, load(sums + d) * (1 / total));
+}
+
 /* The parts of a row, in their order, become its `out`. */
 static void join_parts(const struct attention *a, const float *found_by, long parts, float *out) {
     for (long h = 0; h < a->heads; h++) {
@@ -208,7 +213,7 @@ static void join_parts(const struct attention *a, const float *found_by, long pa
             add_shares(sums, kept, place + h * a->value_dim, added, a->value_dim);
             all_found = (struct found){highest, all_found.total * kept + found->total * added};
         }
-        add_shares(sums, 1 / all_found.total, sums, 0, a->value_dim);
+        divide(sums, all_found.total, a->value_dim);
     }
 }
 
@@ -234,8 +239,7 @@ void dylora_attend_together(const struct attention *a, float *parts) {
         sums += first * group * a->value_dim;
         attend_part(a, seen->pieces + row, &course, part - firsts[row], first, first + heads, sums, found);
         if (course.parts == 1)
-            for (long h = 0; h < heads * group; h++)
-                add_shares(sums + h * a->value_dim, 1 / found[h].total, sums + h * a->value_dim, 0, a->value_dim);
+            for (long h = 0; h < heads * group; h++) divide(sums + h * a->value_dim, found[h].total, a->value_dim);
     }
     if (all_parts == seen->rows) return;
 #pragma omp barrier
