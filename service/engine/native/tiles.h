@@ -43,8 +43,13 @@ typedef void tile(const float *x, long x_stride, const float *w, long other, lon
             }                                                                                                            \
             UNROLLED for (int i = 0; i < ROWS; i++) {                                                                    \
                 vec value = all(x[k * x_stride + i]);                                                                    \
-                sum[i][0] += value * w0;                                                                                 \
-                sum[i][1] += value * w1;                                                                                 \
+                if (ROWS > 1) {                                                                                          \
+                    add_product(&sum[i][0], value, w0);                                                                  \
+                    add_product(&sum[i][1], value, w1);                                                                  \
+                } else { /* a weight that is used once need not be loaded before */                                      \
+                    sum[i][0] += value * w0;                                                                             \
+                    sum[i][1] += value * w1;                                                                             \
+                }                                                                                                        \
             }                                                                                                            \
         }                                                                                                                \
         UNROLLED for (int i = 0; i < ROWS; i++) {                                                                        \
