@@ -30,6 +30,8 @@ from service.engine.engine import Engine
 from service.engine.model import prepare_model
 from service.engine.options import EngineOptions
 
+MERGED_BYTES = 2 << 30
+"""For several merged copies of the workload's base: where only one fits, modes that take turns merge anew in each."""
 WIDE_ADAPTERS, WIDE_RANK = 32, 64
 ZIPF_ADAPTERS = 1000
 
@@ -102,7 +104,12 @@ class OurEngine(Contender):
         self._adapters = adapters
         self._steps: list[StepReport] = []
         tokenizer = workload.number_tokenizer(workload.CONFIG["vocab_size"])
-        options = EngineOptions(prefix_cache=prefix_cache, compile=compile_, prefill_chunk_tokens=prefill_chunk_tokens)
+        options = EngineOptions(
+            prefix_cache=prefix_cache,
+            compile=compile_,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            merged_cache_bytes=MERGED_BYTES,
+        )
         self._engine = Engine(prepare_model(model, tokenizer, name="workload"), options, self)
         for version, adapter in adapters.items():
             self._engine.load(version, adapter)
