@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from adapters.adapter import Adapter, LowRank
 from adapters.errors import AdapterError
 from adapters.merge import check_fits, merge, replace_parameters
 from adapters.pretrained_model import quiet, refused
+from adapters.training.padding import set_padding
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -66,8 +67,11 @@ def export_merged(adapter: Adapter, rank: int, base: str, folder: Path, dtype: t
             if not tensor.isfinite().all():
                 raise AdapterError(f"{name}: too large for {str(tensor.dtype).removeprefix('torch.')}; choose another dtype")
     with quiet(), refused(f"the merged model of {base!r} can't be written"):
+        tokenizer = _tokenizer_of(base)
+        if tokenizer is not None:
+            set_padding(model, tokenizer)
+            tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
-        _save_tokenizer(base, folder)
     kind, expected = type(model), _digests(model)
     del model  # two copies of a large model need not fit into memory
     with quiet(), refused(f"the merged model of {base!r} can't be read back"):
@@ -196,15 +200,15 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _save_tokenizer(base: str, folder: Path) -> None:
-    """Beside the model, if the base has one."""
+def _tokenizer_of(base: str) -> PreTrainedTokenizerBase | None:
+    """The base's own, if it has one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        return
+        return None
     # Where its files are missing, transformers may make up a tokenizer without words from the model's type.
-    if any(_has_file(base, name) for name in tokenizer.vocab_files_names.values()):
-        tokenizer.save_pretrained(folder)
+    is_there = any(_has_file(base, name) for name in tokenizer.vocab_files_names.values())
+    return tokenizer if is_there else None
 
 
 def _has_file(base: str, name: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from adapters.checkpoint import read_peft
 from adapters.commands.evaluate import evaluate
@@ -110,3 +110,34 @@ def test_a_model_that_is_loaded_is_trained_where_it_fits_the_data(tmp_path: Path
         train(model, data, tmp_path / "other", **QUICK)
     with pytest.raises(TrainingError, match="not made for causal-lm"):
         train(model, write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "other", tokenizer=word_tokenizer(), **QUICK)
+
+
+def test_a_decoder_without_a_padding_token_reads_the_same_token_wherever_it_is_loaded(tmp_path: Path) -> None:
+    """Each text ends with token 0, which is a word like any other, and only what stands before it tells the classes apart."""
+    base, tokenizer = model_folder(tmp_path / "base", "gpt2"), word_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    lines = [{"text": "w2 <pad>", "label": "no"}, {"text": "w3 w4 w15 <pad>", "label": "yes"}] * 16
+    data = write_lines(tmp_path / "data.jsonl", lines)
+    loaded = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    reports = train(base, data, tmp_path / "a", **QUICK), train(loaded, data, tmp_path / "b", tokenizer=tokenizer, **QUICK)
+    for report in reports:
+        found = evaluate(report.out, data, model=base, metrics=("accuracy",))
+        assert found.profile.primary.values[2] == pytest.approx(report.metrics["eval_rank_2_loss"], rel=1e-4)
+
+    export(tmp_path / "a", tmp_path / "merged", rank=2, merge=True, model=base)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    texts = [line["text"] for line in lines]
+    padded = AutoTokenizer.from_pretrained(tmp_path / "merged")(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        classes = merged(**padded).logits.argmax(1).tolist()
+    assert [merged.config.id2label[found] for found in classes] == [line["label"] for line in lines]
+
+
+def test_a_classifier_for_which_no_padding_can_be_found_is_refused(tmp_path: Path) -> None:
+    base, tokenizer = model_folder(tmp_path / "base", "gpt2"), word_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(base)
+    with pytest.raises(AdapterError, match="neither its config nor its tokenizer names a padding token"):
+        train(base, write_labelled(tmp_path / "data.jsonl"), tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()

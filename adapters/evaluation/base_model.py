@@ -19,7 +19,7 @@ from adapters.data.example import Corpus, Task
 from adapters.demo import ARTIFACTS, BASE_NAME
 from adapters.errors import AdapterError, DataError, InvalidAdapter
 from adapters.pretrained_model import quiet, refused
-from adapters.training.trainer import padding_id
+from adapters.training.padding import set_padding
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.devi
             output_loading_info=True,
             ignore_mismatched_sizes=is_classifier,  # a head of another task, which counts as missing below
         )
-    if is_classifier and model.config.pad_token_id is None:
-        model.config.pad_token_id = padding_id(model)  # a decoder looks for the last token that is not padding
+    set_padding(model, tokenizer)
     absent = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
     if is_classifier:
         _check_classes(model, adapter, corpus)

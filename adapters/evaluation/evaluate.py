@@ -21,8 +21,8 @@ from adapters.evaluation.report import Report, report_of
 from adapters.evaluation.text_metrics import TEXT_METRICS
 from adapters.training.chat import examples_of
 from adapters.training.encoding import encode_labelled
+from adapters.training.padding import padding_id
 from adapters.training.token_limit import max_tokens
-from adapters.training.trainer import padding_id
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.errors import DataError
-from adapters.training.trainer import padding_id
+from adapters.training.padding import padding_id
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from adapters.evaluation.resampling import Array
 from adapters.training.encoding import IGNORED, EncodedPair, PairDataset, RightPad
-from adapters.training.trainer import padding_id
+from adapters.training.padding import padding_id
 
 
 @torch.no_grad()

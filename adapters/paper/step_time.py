@@ -61,8 +61,9 @@ def measure_steps(task: Task, folders: "Folders", pairs: int) -> StepTimes:
     import torch
 
     from adapters.paper.runs import load_base, load_data
+    from adapters.training.padding import padding_id
     from adapters.training.stock_lora import wrapped
-    from adapters.training.trainer import DyLoRATrainer, PairTrainer, padding_id, prepare
+    from adapters.training.trainer import DyLoRATrainer, PairTrainer, prepare
 
     torch.set_num_threads(1)
     run = nested_run(task, PAPER_METHODS[0], 0)

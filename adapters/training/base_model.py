@@ -21,6 +21,7 @@ from adapters.data.example import Task
 from adapters.errors import TrainingError
 from adapters.pretrained_model import LOADING_ERRORS, first_line
 from adapters.training.heads import modules_to_train
+from adapters.training.padding import set_padding
 
 _CLASSIFIER_PARTS = r"(.*\.)?(classifier|score|pre_classifier|head|pooler)"
 """Pattern of the paths that a base's checkpoint may lack: they are to be trained, so they can't be packed."""
@@ -120,11 +121,7 @@ def load_base(
         raise TrainingError(f"model {name!r} can't be loaded for {task}: {first_line(error)}") from error
     base = Base(model, tokenizer, tuple(sorted(info["missing_keys"])))
     _refuse_random_weights(name, task, base, [str(key[0]) for key in info["mismatched_keys"]])
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        # A decoder's classifier reads the last token that isn't padding.
-        model.config.pad_token_id = tokenizer.pad_token_id
+    set_padding(model, tokenizer)
     return base
 
 

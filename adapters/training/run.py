@@ -20,6 +20,7 @@ from adapters.training.checkpoints import last_checkpoint
 from adapters.training.dylora import DyLoRAConfig
 from adapters.training.encoding import encode, encode_labelled, shorten
 from adapters.training.heads import is_classifier
+from adapters.training.padding import set_padding
 from adapters.training.rows import Rows, training_data
 from adapters.training.run_folder import CHECKPOINTS, RunFolder
 from adapters.training.settings import TrainSettings
@@ -154,6 +155,7 @@ def _base(run: TrainingRun, corpus: Corpus, processes: PartialState) -> Base:
         raise TrainingError(f"{type(model).__name__} is not made for {corpus.task}, which {run.data} is for")
     if is_classifier(model) and model.config.num_labels != len(corpus.labels):
         raise TrainingError(f"the model has {model.config.num_labels} classes, {run.data} {len(corpus.labels)}")
+    set_padding(model, tokenizer)
     return Base(model, tokenizer)
 
 

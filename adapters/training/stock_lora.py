@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from adapters.training.checkpoints import last_checkpoint
 from adapters.training.dylora import ALL_LINEAR
 from adapters.training.heads import is_classifier
+from adapters.training.padding import padding_id
 from adapters.training.rows import Rows
 from adapters.training.settings import TrainSettings
-from adapters.training.trainer import PairTrainer, padding_id
+from adapters.training.trainer import PairTrainer
 
 
 def train_stock_lora(

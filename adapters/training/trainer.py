@@ -23,6 +23,7 @@ from adapters.training.encoding import LikeLengths
 from adapters.training.heads import is_classifier, modules_to_train
 from adapters.training.layer import inject, nested_layers, read_adapter, set_rank, set_row_ranks
 from adapters.training.optimizers import muon, row_adamw
+from adapters.training.padding import padding_id
 from adapters.training.row_adamw import RowAdamW
 from adapters.training.row_losses import row_losses
 from adapters.training.rows import Rows, training_data
@@ -312,9 +313,3 @@ def evaluation_mode(model: nn.Module) -> None:
 
 def _measured(entry: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if name.startswith("eval_rank_")}
-
-
-def padding_id(model: PreTrainedModel) -> int:
-    """The token to pad with; which one doesn't matter, since padding is masked everywhere."""
-    pad = model.config.pad_token_id
-    return pad if isinstance(pad, int) else 0
