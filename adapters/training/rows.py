@@ -30,12 +30,13 @@ class TrainingData:
 
 def training_data(rows: Rows, pad_token_id: int) -> TrainingData:
     """The rows, to be padded with `pad_token_id`."""
-    if _are_texts(rows):
+    if are_texts(rows):
         lengths = tuple(len(text.input_ids) for text in rows)
         return TrainingData(LabelledDataset(rows), LabelledPad(pad_token_id), lengths)
     pairs: Sequence[EncodedPair] = rows  # type: ignore[assignment]
     return TrainingData(PairDataset(pairs), RightPad(pad_token_id), tuple(len(p.prompt) + len(p.completion) for p in pairs))
 
 
-def _are_texts(rows: Rows) -> TypeGuard[Sequence[EncodedText]]:
+def are_texts(rows: Rows) -> TypeGuard[Sequence[EncodedText]]:
+    """Whether the rows are a classifier's."""
     return bool(rows) and isinstance(rows[0], EncodedText)

@@ -26,7 +26,7 @@ from adapters.training.optimizers import muon, row_adamw
 from adapters.training.padding import padding_id
 from adapters.training.row_adamw import RowAdamW
 from adapters.training.row_losses import row_losses
-from adapters.training.rows import Rows, training_data
+from adapters.training.rows import Rows, are_texts, training_data
 from adapters.training.settings import OptimizerName, ReportTo, TrainSettings
 
 
@@ -152,6 +152,10 @@ class PairTrainer(Trainer):  # type: ignore[misc]
             data_collator=data.collate,
             eval_dataset=training_data(eval_rows, pad_token_id).dataset if eval_rows else None,
         )
+        if are_texts(rows):
+            # Trainer takes a forward that has **kwargs for one that divides by the texts of the whole step. A classifier's is
+            # the mean of its own batch: unless Trainer is told, micro-batches and processes add up.
+            self.model_accepts_loss_kwargs = False
         self.add_callback(CheckpointEnd(self))
         if settings.report_to is ReportTo.TENSORBOARD:
             self.add_callback(tensorboard(folder / "logs"))
