@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from adapters.adapter import Adapter
 from adapters.errors import InvalidAdapter, TrainingError
 from adapters.evaluation.loss import completion_loss
+from adapters.training.arguments import training_arguments
 from adapters.training.checkpoints import last_checkpoint
 from adapters.training.dylora import DyLoRAConfig, RankDistribution, RankPer, UpdateRule
 from adapters.training.encoding import EncodedPair
@@ -63,6 +64,12 @@ def test_one_rank_is_drawn_per_optimiser_step_for_all_layers_and_micro_batches(t
     assert [len(ranks) for ranks in steps] == [4 * layers] * 8
     assert [set(ranks) for ranks in steps] == [{CONFIG.draw(SETTINGS.seed, step)} for step in range(8)]
     assert len({ranks[0] for ranks in steps}) > 1
+
+
+def test_a_process_trains_on_one_gpu_of_several(tmp_path: Path) -> None:
+    arguments = training_arguments(SETTINGS, tmp_path)
+    arguments._n_gpu = 2  # where Trainer's own looks for them
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
 
 
 def test_rows_get_their_ranks_in_the_order_of_the_steps_batch_however_it_is_cut(tmp_path: Path) -> None:

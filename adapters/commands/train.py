@@ -281,7 +281,8 @@ The paper draws one rank for each step and scales by lora_alpha / b: --rank-per 
 told otherwise costs the same and was better at every rank where we measured both (adapters/paper/RESULTS.md): each row of
 a batch has a rank of its own, and the scale is lora_alpha / sqrt(b).
 
-The adapter is written in PEFT's format to --out, when it is finished. A run that was stopped goes on with --resume. What
+The adapter is written in PEFT's format to --out, when it is finished. A run that was stopped goes on with --resume. A
+process trains on one GPU, however many there are; torchrun and accelerate start one for each, as below. What
 the data is, is recognised from the file; it decides what is trained, a causal language model or a classifier:
 
   {"prompt": "...", "completion": "..."}                     JSON lines: the completion is learnt

@@ -8,9 +8,22 @@ from transformers import TrainingArguments
 from adapters.training.settings import TrainSettings
 
 
-def training_arguments(settings: TrainSettings, folder: Path) -> TrainingArguments:
+class OneDevice(TrainingArguments):  # type: ignore[misc]
+    """Trainer's arguments for one device per process; torchrun and accelerate start a process for each.
+
+    On a machine with several GPUs and a single process Trainer would copy the model to all of them (nn.DataParallel): the
+    rank of a step, which is set on the layers, would not follow, and a batch would be that many times as large.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one at most."""
+        return min(1, int(super().n_gpu))
+
+
+def training_arguments(settings: TrainSettings, folder: Path) -> OneDevice:
     """Trainer's arguments; `folder` is for its checkpoints."""
-    return TrainingArguments(
+    return OneDevice(
         output_dir=str(folder),
         num_train_epochs=settings.num_train_epochs,
         max_steps=-1 if settings.max_steps is None else settings.max_steps,
