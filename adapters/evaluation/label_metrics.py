@@ -1,6 +1,7 @@
-"""Metrics of predicted classes, from the counts of (true class, predicted class)."""
+"""Metrics of predicted classes, each from as few counts of an example as it needs: a task may have hundreds of classes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -10,50 +11,63 @@ from adapters.evaluation.metric import Metric, ratio
 from adapters.evaluation.names import MetricName
 from adapters.evaluation.resampling import Array
 
-
-def confusion(truth: npt.ArrayLike, predicted: npt.ArrayLike, classes: int) -> Array:
-    """Each example's cell of the confusion matrix as a one-hot row, [examples, classes * classes], true class first."""
-    cells = np.asarray(truth) * classes + np.asarray(predicted)
-    rows: Array = np.eye(classes * classes)[cells]
-    return rows
+Classes = npt.NDArray[np.int64]
+"""The class of each example, [examples]."""
 
 
-def accuracy(sums: Array) -> Array:
-    """Share of right predictions, 0 to 1, of a summed confusion matrix [..., classes * classes]."""
-    matrix = _matrix(sums)
-    right = np.trace(matrix, axis1=-2, axis2=-1)
-    return ratio(np.stack([right, matrix.sum(axis=(-2, -1))], axis=-1))
+@dataclass(frozen=True)
+class LabelMetric(Metric):
+    """A metric of classes.
+
+    Attributes:
+        count: from true classes, predicted classes and the number of classes, what of each example is summed,
+            [examples, statistics].
+    """
+
+    count: Callable[[Classes, Classes, int], Array]
 
 
-def f1(sums: Array) -> Array:
-    """F1 of class 1, 0 to 1, of a summed 2 x 2 confusion matrix [..., 4]; 0 where nobody names that class."""
-    matrix = _matrix(sums)
-    agreed = 2 * matrix[..., 1, 1]
-    return ratio(np.stack([agreed, matrix[..., 1, :].sum(axis=-1) + matrix[..., :, 1].sum(axis=-1)], axis=-1))
+def accuracy_counts(truth: Classes, predicted: Classes, classes: int) -> Array:
+    """Whether the prediction is right, and 1."""
+    return _columns(truth == predicted, np.ones(len(truth)))
+
+
+def f1_counts(truth: Classes, predicted: Classes, classes: int) -> Array:
+    """Of classes 0 and 1: whether both are 1, twice; and how many of them are."""
+    return _columns(2 * truth * predicted, truth + predicted)
+
+
+def matthews_counts(truth: Classes, predicted: Classes, classes: int) -> Array:
+    """Whether the prediction is right; then the true class and the predicted one, each as a one-hot row of all classes."""
+    return np.concatenate([_columns(truth == predicted), _one_hot(truth, classes), _one_hot(predicted, classes)], axis=1)
 
 
 def matthews(sums: Array) -> Array:
-    """Matthews correlation, -1 to 1, of a summed confusion matrix [..., classes * classes].
+    """Matthews correlation, -1 to 1, of sums of `matthews_counts`, [..., 1 + 2 * classes].
 
     Gorodkin 2004's form for any number of classes; 0 where one side names a single class, as in scikit-learn.
     """
-    matrix = _matrix(sums)
-    true, predicted = matrix.sum(axis=-1), matrix.sum(axis=-2)  # [..., classes]
-    total, right = matrix.sum(axis=(-2, -1)), np.trace(matrix, axis1=-2, axis2=-1)
+    right, true, predicted = sums[..., 0], *np.split(sums[..., 1:], 2, axis=-1)  # the latter [..., classes]
+    total = true.sum(axis=-1)
     covariance = right * total - (true * predicted).sum(axis=-1)
     spread = (total**2 - (true**2).sum(axis=-1)) * (total**2 - (predicted**2).sum(axis=-1))
     return ratio(np.stack([covariance, np.sqrt(spread)], axis=-1))
 
 
-def _matrix(sums: Array) -> Array:
-    classes = round(sums.shape[-1] ** 0.5)
-    return sums.reshape(*sums.shape[:-1], classes, classes)
+def _columns(*columns: npt.ArrayLike) -> Array:
+    return np.stack(columns, axis=1).astype(np.float64)
 
 
-LABEL_METRICS: Mapping[MetricName, Metric] = MappingProxyType(
+def _one_hot(chosen: Classes, classes: int) -> Array:
+    rows = np.zeros((len(chosen), classes))
+    rows[np.arange(len(chosen)), chosen] = 1
+    return rows
+
+
+LABEL_METRICS: Mapping[MetricName, LabelMetric] = MappingProxyType(
     {
-        MetricName.ACCURACY: Metric("accuracy", True, accuracy),
-        MetricName.F1: Metric("F1", True, f1),
-        MetricName.MATTHEWS: Metric("Matthews correlation", True, matthews),
+        MetricName.ACCURACY: LabelMetric("accuracy", True, ratio, accuracy_counts),
+        MetricName.F1: LabelMetric("F1", True, ratio, f1_counts),
+        MetricName.MATTHEWS: LabelMetric("Matthews correlation", True, matthews, matthews_counts),
     }
 )

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from adapters.evaluation.label_metrics import LABEL_METRICS, confusion
+from adapters.evaluation.label_metrics import LABEL_METRICS
 from adapters.evaluation.metric import Metric, ratio
 from adapters.evaluation.names import MetricName
 from adapters.evaluation.resampling import Array
@@ -47,7 +47,8 @@ class LabelledSet:
         self._truth = np.array([text.label for text in texts])
         self._rows, self._collate = LabelledDataset(texts), LabelledPad(pad_token_id)
         self._classes, self._batch_size = classes, batch_size
-        self.metrics = (LABEL_LOSS, *(LABEL_METRICS[name] for name in metrics))
+        self._label_metrics = tuple(LABEL_METRICS[name] for name in metrics)
+        self.metrics = (LABEL_LOSS, *self._label_metrics)
 
     def __len__(self) -> int:
         return len(self._truth)
@@ -65,8 +66,7 @@ class LabelledSet:
 
     def _statistics(self, nats: Array, predicted: npt.NDArray[np.int64]) -> tuple[Array, ...]:
         losses = np.stack([nats, np.ones(len(self))], axis=1)
-        cells = confusion(self._truth, predicted, self._classes)
-        return (losses, *[cells] * (len(self.metrics) - 1))
+        return (losses, *(metric.count(self._truth, predicted, self._classes) for metric in self._label_metrics))
 
     @torch.no_grad()
     def _logits(self, model: PreTrainedModel) -> torch.Tensor:
