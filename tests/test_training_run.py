@@ -117,6 +117,27 @@ def test_a_folder_that_is_not_free_is_refused(tmp_path: Path, base: Path) -> Non
         train(base, data, tmp_path / "done", **QUICK)
 
 
+def test_a_resumed_run_replaces_no_adapter_but_its_own(tmp_path: Path, base: Path) -> None:
+    """Where checkpoints lie elsewhere, `out` may be taken by another run meanwhile."""
+    data, out, other = base / "data.jsonl", tmp_path / "out", tmp_path / "other"
+    options = {**QUICK, "checkpoint_dir": tmp_path / "checkpoints", "resume": True}
+    train(base, data, out, **options)
+    (out / "quality.json").write_text("{}")
+    finished = tensors_of(out)
+    train(base, data, out, **options)  # its own, with what was measured of it
+    assert are_equal(finished, tensors_of(out))
+    train(base, data, other, **{**QUICK, "seed": 1})
+    taken = tensors_of(other)
+    for resumed in (other, base):
+        with pytest.raises(
+            TrainingError, match=f"{resumed.name} holds what is not of the run in .*checkpoints .*choose another"
+        ):
+            train(base, data, resumed, **options)
+    assert are_equal(taken, tensors_of(other))
+    train(base, data, tmp_path / "new", **options)
+    assert are_equal(finished, tensors_of(tmp_path / "new"))
+
+
 def test_a_run_is_not_resumed_with_other_settings_or_other_data(tmp_path: Path, base: Path) -> None:
     data, out = base / "data.jsonl", tmp_path / "out"
     train(base, data, out, resume=True, **QUICK)  # nothing to resume yet: it starts

@@ -1,5 +1,6 @@
 """The folder of a run: what may lie in it at the start, and how the finished adapter gets there."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,12 @@ CHECKPOINTS = "checkpoints"
 
 RUN_FILE = "run.json"
 """In the folder of checkpoints: what a resumed run must have in common with the one it goes on with."""
+
+PUBLISHED_FILE = "published.sha256"
+"""Beside it: digests of the adapters that the run has ended with, by which a resumed one knows its own."""
+
+UNFINISHED = ".unfinished"
+"""In `out`: the adapter while it is written."""
 
 _MAX_RUN_BYTES = 1 << 20
 
@@ -48,11 +55,26 @@ class RunFolder:
         if (self.checkpoints / RUN_FILE).exists():
             if not resume:
                 raise TrainingError(f"{self.checkpoints} holds a run already: resume it (--resume), or choose another folder")
+            self._refuse_foreign()
             return
         for folder in (self.out, self.checkpoints):
             found = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
             if found:
                 raise TrainingError(f"{folder} is not empty ({', '.join(found[:3])}) and holds no run; choose another folder")
+
+    def _refuse_foreign(self) -> None:
+        """Raise TrainingError unless what lies in `out` is the run's own: it is about to be replaced."""
+        tensors, published = self.out / TENSORS_FILE, self.checkpoints / PUBLISHED_FILE
+        if tensors.exists() and published.exists() and _digest(tensors) in published.read_text("ascii").split():
+            return
+        checkpoints = self.checkpoints.resolve()
+        own = {checkpoints, *checkpoints.parents, self.out.resolve() / UNFINISHED}
+        foreign = sorted(path.name for path in self.out.resolve().glob("*") if path not in own)
+        if foreign and self.out.resolve() != checkpoints:
+            shown = ", ".join(foreign[:3])
+            raise TrainingError(
+                f"{self.out} holds what is not of the run in {self.checkpoints} ({shown}); choose another --out for its adapter"
+            )
 
     def open(self, run: Mapping[str, object], resume: bool) -> None:
         """Make the folders for `run`, or find them as an earlier start of the same run left them.
@@ -82,19 +104,22 @@ class RunFolder:
             raise TrainingError(f"the run in {self.checkpoints} can't be resumed with other settings: {'; '.join(different)}")
 
     def publish(self, adapter: Adapter) -> None:
-        """Write the adapter into `out`, its config last: without one no reader takes the folder for an adapter."""
-        unfinished = self.checkpoints / "adapter"
+        """Write the adapter into `out`, its config last: without one no reader takes the folder for an adapter.
+
+        Its digest is noted before, so that a run that is killed meanwhile knows it again.
+        """
+        unfinished = self.out / UNFINISHED  # of one file system with `out`: there a rename is whole or not at all
         write_peft(adapter, unfinished)
+        with (self.checkpoints / PUBLISHED_FILE).open("a", encoding="ascii") as published:
+            published.write(_digest(unfinished / TENSORS_FILE) + "\n")
         for name in (TENSORS_FILE, CONFIG_FILE):
-            _move_whole(unfinished / name, self.out / name)
+            os.replace(unfinished / name, self.out / name)
         shutil.rmtree(unfinished)
 
 
-def _move_whole(source: Path, target: Path) -> None:
-    # Within one file system a rename is whole or not at all; `--checkpoint-dir` may be on another.
-    beside = target.with_name(target.name + ".partial")
-    shutil.move(source, beside)
-    os.replace(beside, target)
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _write_whole(target: Path, text: str) -> None:
