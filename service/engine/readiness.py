@@ -47,7 +47,9 @@ def make_ready(loaded: LoadedModel, options: EngineOptions, backend: Backend) ->
     graphs = backend.graphs(loaded, most_rows=options.max_running)
     runner = Runner(loaded, cache, backend.kernels, graphs)
     facts, reference = loaded.facts, Reference(loaded)  # both from the model as it came: packing unties weights
-    bank = LoraBank(model, model.get_input_embeddings(), kernels=backend.kernels, product=backend.product)
+    bank = LoraBank(
+        model, model.get_input_embeddings(), adaptable=loaded.adaptable, kernels=backend.kernels, product=backend.product
+    )
     check = partial(reference.check, loaded, runner, block_tokens=pool.block_tokens)
     check()
     kernels = backend.kernels if options.compile is Compile.AUTO else None
