@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -11,6 +12,8 @@ from service.errors import InvalidRequest, ServiceError
 
 if TYPE_CHECKING:
     from adapters.adapter import Adapter
+
+log = logging.getLogger(__name__)
 
 
 class Mode(StrEnum):
@@ -341,20 +344,30 @@ class EngineObserver(Protocol):
 
 
 class EngineObservers:
-    """Several observers as one."""
+    """Several observers as one. One that raises, as it must not, keeps neither the engine nor the others from going on."""
 
     def __init__(self, *observers: EngineObserver) -> None:
         self._observers = observers
+        self._logged: set[str] = set()
 
     def on_step(self, report: StepReport) -> None:
         """Tell each of a step."""
         for observer in self._observers:
-            observer.on_step(report)
+            self._tell(observer, "on_step", lambda each: each.on_step(report))
 
     def on_merge(self, seconds: float) -> None:
         """Tell each of a merge."""
         for observer in self._observers:
-            observer.on_merge(seconds)
+            self._tell(observer, "on_merge", lambda each: each.on_merge(seconds))
+
+    def _tell(self, observer: EngineObserver, event: str, call: Callable[[EngineObserver], None]) -> None:
+        try:
+            call(observer)
+        except Exception:
+            what = f"{event} of {type(observer).__name__}"
+            if what not in self._logged:  # once, since it may be so in every step
+                log.exception("%s raised, and is not told of again", what)
+                self._logged.add(what)
 
 
 class EngineProtocol(Protocol):
@@ -363,6 +376,10 @@ class EngineProtocol(Protocol):
     @property
     def model(self) -> ModelFacts:
         """Facts of the base model."""
+
+    @property
+    def is_alive(self) -> bool:
+        """False once it has failed as a whole: it answers nothing any more, and only a new process does."""
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -414,7 +431,7 @@ class EngineProtocol(Protocol):
         """Queue a request. If this returns, exactly one terminal event will follow.
 
         Raises:
-            QueueFull, Draining: the request was not taken.
+            QueueFull, Draining, EngineDown: the request was not taken.
             UnknownAdapter: its version is not loaded.
             InvalidRequest: it does not fit the model's context, or names a token that the model does not have.
         """

@@ -14,6 +14,7 @@ ServiceError
 ├── TooManyJobs           too many calibrations wait
 ├── UnknownJob            the request names a calibration that there is not
 ├── Draining              the server is shutting down and takes no new requests
+├── EngineDown            the engine has failed as a whole; nothing is answered until the server is started again
 ├── SloUnattainable       the request's latency objectives can't be met; says what could be
 ├── DeadlinePassed        the request took longer than the client or the server allows
 ├── SlowReader            the client left too many tokens of its stream unread
@@ -130,6 +131,15 @@ class Draining(ServiceError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down and takes no new requests")
+
+
+class EngineDown(ServiceError):
+    """The engine has failed as a whole, by a bug of ours, and takes no more requests."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the engine has failed and answers no more requests until the server is started again; its log has why"
+        )
 
 
 class SloUnattainable(ServiceError):

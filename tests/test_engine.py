@@ -12,6 +12,7 @@ from adapters.errors import IllegalRank, InvalidAdapter
 from service.core import (
     Aborted,
     AdapterChoice,
+    EngineObservers,
     Failed,
     Finished,
     FinishReason,
@@ -24,7 +25,7 @@ from service.core import (
 from service.engine.engine import Engine
 from service.engine.model import prepare_model
 from service.engine.options import EngineOptions
-from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
+from service.errors import Draining, EngineDown, EngineFailed, InvalidRequest, ModelRefused, QueueFull, UnknownAdapter
 from tests.engine_harness import Client, Reports, character_tokenizer, generate, generate_merged, random_dylora, running_engine
 from tests.tiny_models import tiny_model
 
@@ -62,6 +63,8 @@ def test_an_adapter_unloaded_in_flight_serves_until_the_request_ends() -> None:
         engine.unload("v")
         with pytest.raises(UnknownAdapter):
             engine.submit(request("late", choice=dylora_choice()), Client())
+        with pytest.raises(IllegalRank):
+            engine.change_rank("r", AdapterChoice("v", 200, 1.0))
         assert client.tokens == before
     assert engine.stats().resident_adapters == 0
     assert engine.stats().merged.nbytes == 0
@@ -123,6 +126,11 @@ def test_what_can_not_be_served_is_refused_at_once() -> None:
             engine.submit(request(sampling=SamplingParams(max_new_tokens=254)), Client())
         with pytest.raises(InvalidRequest, match="at least one"):
             engine.submit(GenerationRequest("empty", ()), Client())
+        for unknown in (96, -1):  # as a tokenizer has them to which tokens were added, and the model's rows were not
+            with pytest.raises(InvalidRequest, match=f"the model has no token {unknown}, .* legal: 0 to 95"):
+                engine.submit(GenerationRequest("unknown", (5, unknown, 6)), Client())
+        with pytest.raises(InvalidRequest, match="'twice' is in use"):
+            engine.submit_all([(request("twice"), Client()), (request("twice"), Client())])
         with pytest.raises(UnknownAdapter):
             engine.submit(request(choice=AdapterChoice("unknown", 4, 1.0)), Client())
         with pytest.raises(IllegalRank, match="legal ranks: 1, 2, 3, 4, 5, 6, 7, 8"):
@@ -317,23 +325,39 @@ def test_logprobs_are_the_models_own() -> None:
     assert got == pytest.approx([expected[2 + i, token].item() for i, token in enumerate(client.tokens)], abs=1e-4)
 
 
-def test_nobody_waits_for_ever_if_the_engines_own_code_fails(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_observer_that_raises_is_logged_once_and_keeps_nobody_from_going_on(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
-        """An observer with a bug; what it is told of comes outside the part of a step that may fail."""
-
         def on_step(self, report: StepReport) -> None:
             raise ZeroDivisionError
 
         def on_merge(self, seconds: float) -> None:
-            """Nothing."""
+            raise ZeroDivisionError
 
-    engine = Engine(prepare_model(tiny_model("llama"), character_tokenizer(), name="tiny"), observer=Broken())
+    model, reports = tiny_model("llama"), Reports()
+    adapters = {"v": random_dylora("llama", model, seed=1)}
+    observers = EngineObservers(Broken(), reports)
+    with running_engine(model, adapters, EngineOptions(merge_after_steps=0), observers) as engine:
+        generate_merged(engine, reports, [request(choice=dylora_choice())])
+        assert engine.is_alive
+    assert (caplog.text.count("on_step of Broken raised"), caplog.text.count("on_merge of Broken raised")) == (1, 1)
+
+
+def test_nobody_waits_for_ever_if_the_engines_own_code_fails(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(engine: Engine) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Engine, "_step", broken)
+    engine = Engine(prepare_model(tiny_model("llama"), character_tokenizer(), name="tiny"))
     clients = [Client(), Client()]
     for number, client in enumerate(clients):
         engine.submit(request(str(number)), client)
     engine.start()
-    assert all(isinstance(client.end, Failed) for client in clients)
-    with pytest.raises(Draining):
+    ends = [client.end for client in clients]
+    assert all(isinstance(end, Failed) and isinstance(end.error, EngineDown) for end in ends)
+    assert not engine.is_alive
+    with pytest.raises(EngineDown):
         engine.submit(request("late"), Client())
     assert "takes no more requests" in caplog.text
     engine.stop()
@@ -347,3 +371,13 @@ def test_a_small_cache_shortens_the_context_for_all_who_ask() -> None:
         with pytest.raises(InvalidRequest, match="exceed the context of 40 tokens"):
             engine.submit(request(sampling=SamplingParams(max_new_tokens=38)), Client())
         assert len(generate(engine, [request(sampling=replace(LONG, max_new_tokens=37))])[0].tokens) == 37
+
+
+def test_a_cache_is_no_larger_than_allowed_and_a_model_that_needs_more_is_refused() -> None:
+    smallest = EngineOptions(kv_block_tokens=1, kv_cache_bytes=18 * 256)  # two sequences of 9 tokens prove the model
+    with running_engine(tiny_model("llama"), options=smallest) as engine:
+        assert engine.stats().kv_blocks_total == engine.model.max_context_tokens == 18
+        assert len(generate(engine, [request(sampling=replace(LONG, max_new_tokens=15))])[0].tokens) == 15
+    less = replace(smallest, kv_cache_bytes=18 * 256 - 1)
+    with pytest.raises(ModelRefused, match="kv_cache_bytes is 4607; legal: 4608 or more, for 18 blocks of 1 tokens"):
+        Engine(prepare_model(tiny_model("llama"), character_tokenizer(), name="tiny"), less)

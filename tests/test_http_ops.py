@@ -66,6 +66,15 @@ def test_readiness_follows_draining(tmp_path: Path) -> None:
         assert server.client.get("/health").status_code == 200
 
 
+def test_a_failed_engine_is_told_by_the_probes_and_to_whoever_asks(tmp_path: Path) -> None:
+    with in_process(tmp_path) as server:
+        server.engine.is_alive = False
+        for response in (server.client.get("/health"), server.client.get("/ready"), server.generate()):
+            assert (response.status_code, response.json()["error_type"]) == (503, "unavailable")
+            assert response.json()["error"].startswith("the engine has failed")
+            assert response.headers["retry-after"] == "30"
+
+
 def test_a_bug_is_a_500_that_tells_only_the_request_id(tmp_path: Path, service_log: pytest.LogCaptureFixture) -> None:
     with in_process(tmp_path) as server:
         server.engine.encode = None  # type: ignore[method-assign, assignment]

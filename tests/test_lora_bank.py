@@ -128,6 +128,23 @@ def test_a_new_owner_never_sees_the_numbers_of_the_former_one() -> None:
         torch.testing.assert_close(mixed, toy(ids))
 
 
+@torch.inference_mode()
+def test_an_adapter_leaves_alone_what_is_given_other_rows_than_the_steps() -> None:
+    class Halved(Toy):
+        """Its linear layer, as an expert does, computes some of the rows."""
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.norm(self.lin(self.embed(ids)[:, ::2]).repeat_interleave(2, 1))  # type: ignore[no-any-return]
+
+    toy, shift = Halved(), Adapter(AdapterConfig(AdapterKind.LORA, 2, 1.0), {}, base_bias={"norm": torch.full((OUT,), -0.7)})
+    bank = bank_of(toy, is_native=True)
+    ids = torch.randint(VOCAB, (1, 6))
+    before = toy(ids)
+    bank.acquire("shift", shift)
+    with lora_step(bank.step([choice("shift", shift, 2)], [6], torch.tensor([5]))):
+        torch.testing.assert_close(toy(ids), before - toy.norm.bias - 0.7)
+
+
 def test_an_adapter_that_does_not_fit_is_refused_with_every_offender() -> None:
     wrong = Adapter(
         AdapterConfig(AdapterKind.LORA, 2, 1.0),

@@ -14,6 +14,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from adapters.adapter import Adapter
+from adapters.config import AdapterConfig, AdapterKind
+from adapters.errors import InvalidAdapter
 from adapters.nesting import export_rank
 from service.core import AdapterChoice, GenerationRequest, SamplingParams
 from service.engine.engine import Engine
@@ -61,6 +64,29 @@ def test_other_kinds_give_transformers_own_tokens(model_type: str) -> None:
     expected = stock_tokens(small_model(model_type, **ALSO_SERVED[model_type]), asked)
     with running_engine(small_model(model_type, **ALSO_SERVED[model_type])) as engine:
         assert generate(engine, [asked])[0].tokens == expected
+
+
+NOT_ROW_BY_ROW: dict[str, tuple[str, dict[str, Any]]] = {
+    "model.decoder.embed_positions.weight": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),  # called by keyword
+    "model.layers.1.self_attn.q_norm.weight": ("qwen3", {"head_dim": 8}),  # a row for each head
+    "model.layers.0.mlp.gate.weight": ("mixtral", {}),  # returns more than its rows
+    "model.layers.0.mlp.experts.down_proj": ("mixtral", {}),  # called with more than rows
+}
+
+
+@pytest.mark.parametrize("parameter", NOT_ROW_BY_ROW)
+def test_an_adapter_of_what_is_not_computed_row_by_row_is_refused_and_the_base_goes_on(parameter: str) -> None:
+    model_type, fields = NOT_ROW_BY_ROW[parameter]
+    model = small_model(model_type, **fields)
+    adapter = Adapter(
+        AdapterConfig(AdapterKind.LORA, 4, 4.0), {}, saved_modules={parameter: model.get_parameter(parameter).detach() + 1}
+    )
+    asked = GenerationRequest("r", (5, 6, 7), SamplingParams(max_new_tokens=8, ignore_eos=True))
+    with running_engine(model) as engine:
+        before = generate(engine, [asked])[0].tokens
+        with pytest.raises(InvalidAdapter, match=f"{parameter}: the base model does not compute it row by row"):
+            engine.load("v", adapter)
+        assert generate(engine, [asked])[0].tokens == before
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.engine.native import prebuilt
+from service.engine.native import build, prebuilt
 from service.engine.native.kernels import BLOCK_ROWS, PANEL, Kernels, LoraRows, Term, kernels, pack, unpack
 from service.engine.native.prebuilt import LEVELS, build_all, prebuilt_library
 from tests.native_widths import WIDTHS, kernels_of
@@ -38,6 +38,20 @@ def test_kernels_built_ahead_are_the_best_that_the_processor_runs(tmp_path: Path
         pytest.skip("this processor has no AVX2")
     x, weight = noise(3, 24), noise(32, 24, seed=1)
     torch.testing.assert_close(Kernels(ctypes.CDLL(str(usable))).linear(x, pack(weight), None), x @ weight.T)
+
+
+def test_a_library_that_can_not_be_loaded_gives_way_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    monkeypatch.setattr(build, "_folders", lambda: (cache, temporary))
+    built = next(build.built_libraries())
+    built.write_bytes(b"no library")
+    assert kernels.__wrapped__() is not None
+    assert (built.parent, (temporary / built.name).exists()) == (cache, True)
+    assert caplog.text.count("kernels can't be loaded") == 1
+    monkeypatch.setattr(build, "_folders", lambda: (cache,))
+    assert (kernels.__wrapped__() is None) == (prebuilt_library() is None)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

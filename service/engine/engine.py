@@ -15,6 +15,7 @@ from service.core import (
     Aborted,
     AdapterChoice,
     EngineObserver,
+    EngineObservers,
     EngineStats,
     Event,
     EventSink,
@@ -34,7 +35,7 @@ from service.engine.runner import pack
 from service.engine.scheduler import Batch, Scheduler, Sequence
 from service.engine.ticket import Ticket
 from service.engine.vocabulary import Vocabulary
-from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
+from service.errors import Draining, EngineDown, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Engine:
         options = options or EngineOptions()
         self._loaded = loaded
         self._options = options
+        observer = None if observer is None else EngineObservers(observer)  # whose errors are not ours
         self._observer = observer
         ready = make_ready(loaded, options, backend or backend_for(loaded, options.compile))
         self._pool, self._runner, self._bank = ready.pool, ready.runner, ready.bank
@@ -88,12 +90,14 @@ class Engine:
         # One limit for all who ask: what the model allows, and what the cache can hold of one request.
         context = min(loaded.max_context_tokens, self._pool.capacity_tokens)
         self._facts = replace(ready.facts, max_context_tokens=context)
-        self._lock = threading.Condition()  # guards the five below
+        self._token_ids = range(len(loaded.model.get_input_embeddings().weight))
+        self._lock = threading.Condition()  # guards the six below
         self._adapters: dict[str, Adapter] = {}
-        self._live: dict[str, Sequence] = {}  # request id -> sequence, from submit to its terminal event
+        self._live: dict[str, Ticket] = {}  # by request id, from submit to the terminal event
         self._ending = 0  # requests that left `_live` and whose sink has not heard it yet
         self._is_draining = False
         self._is_stopped = False
+        self._has_failed = False
         self._stats = EngineStats(kv_blocks_total=self._pool.total)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -103,6 +107,11 @@ class Engine:
     def model(self) -> ModelFacts:
         """Facts of the base model."""
         return self._facts
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine's own thread has failed."""
+        return not self._has_failed
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -167,9 +176,9 @@ class Engine:
         """Queue a request. If this returns, exactly one terminal event will follow.
 
         Raises:
-            QueueFull, Draining: the request was not taken.
+            QueueFull, Draining, EngineDown: the request was not taken.
             UnknownAdapter: its version is not loaded.
-            InvalidRequest: it does not fit the model's context.
+            InvalidRequest: it does not fit the model's context, or names a token that the model does not have.
         """
         self.submit_all([(request, sink)])
 
@@ -178,19 +187,23 @@ class Engine:
         for request, _ in asked:
             self._check(request)
         with self._lock:
+            if self._has_failed:
+                raise EngineDown
             if self._is_draining:
                 raise Draining
             if len(self._live) + len(asked) > self._options.max_running + self._options.max_waiting:
                 raise QueueFull(self._options.max_waiting)
-            taken = [self._ticket(request, sink) for request, sink in asked]
-            for ticket in taken:
-                self._live[ticket.request.request_id] = ticket.sequence
+            taken: dict[str, Ticket] = {}
+            for request, sink in asked:
+                if request.request_id in self._live or request.request_id in taken:
+                    raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request in flight")
+                taken[request.request_id] = self._ticket(request, sink)
+            self._live |= taken
+            for ticket in taken.values():
                 self._inbox.put(partial(self._accept, ticket))
 
     def _ticket(self, request: GenerationRequest, sink: EventSink) -> Ticket:
         """Of a request that may be taken. Call with the lock."""
-        if request.request_id in self._live:
-            raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request in flight")
         adapter = None
         if request.adapter is not None:
             adapter = self._adapters.get(request.adapter.version)
@@ -203,9 +216,9 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request if it still runs; its place is free before the next step. Unknown ids are ignored."""
         with self._lock:
-            sequence = self._live.get(request_id)
-            if sequence is not None:
-                self._inbox.put(lambda: self._abort(sequence))
+            ticket = self._live.get(request_id)
+            if ticket is not None:
+                self._inbox.put(lambda: self._abort(ticket))
 
     def change_rank(self, request_id: str, choice: AdapterChoice) -> None:
         """Let a request go on at another rank of its adapter from the next step on. Unknown ids are ignored.
@@ -219,14 +232,13 @@ class Engine:
             IllegalRank: the adapter does not have the rank.
         """
         with self._lock:
-            sequence = self._live.get(request_id)
-            if sequence is None:
+            ticket = self._live.get(request_id)
+            if ticket is None:
                 return
-            if choice.version != sequence.version:
+            sequence = ticket.sequence
+            if ticket.adapter is None or choice.version != sequence.version:
                 raise ValueError(f"{request_id!r} runs {sequence.version}, not {choice.version}")
-            adapter = self._adapters.get(choice.version)
-            if adapter is not None:  # else it was unloaded meanwhile, and the ticket keeps it
-                adapter.config.check_rank(choice.rank)
+            ticket.adapter.config.check_rank(choice.rank)  # the ticket's own: it may have been unloaded meanwhile
             self._inbox.put(lambda: sequence.change_rank(choice))
 
     def stats(self) -> EngineStats:
@@ -257,6 +269,10 @@ class Engine:
         limit = self._facts.max_context_tokens
         if not request.prompt_ids:
             raise InvalidRequest("inputs", "the prompt has no tokens; at least one is needed")
+        if min(request.prompt_ids) < 0 or max(request.prompt_ids) not in self._token_ids:  # a tokenizer may know more tokens
+            unknown = next(token for token in request.prompt_ids if token not in self._token_ids)
+            message = f"the model has no token {unknown}, which the prompt contains; legal: 0 to {self._token_ids[-1]}"
+            raise InvalidRequest("inputs", message)
         if asked > limit:
             raise InvalidRequest(
                 "max_new_tokens",
@@ -274,11 +290,13 @@ class Engine:
                 self._step()
         except Exception:  # a bug of ours: whoever waits must still hear of an end
             log.exception("the engine's thread failed and takes no more requests")
+            self._has_failed = True
         with self._lock:
             self._is_draining = self._is_stopped = True
         self._obey()
+        error = EngineDown() if self._has_failed else EngineFailed("the engine was stopped")
         for ticket in list(self._tickets.values()):
-            self._end(ticket, Failed(ticket.request.request_id, EngineFailed("the engine was stopped")))
+            self._end(ticket, Failed(ticket.request.request_id, error))
 
     def _step(self) -> None:
         batch = self._scheduler.schedule()
@@ -301,9 +319,8 @@ class Engine:
         self._tickets[ticket.sequence] = ticket
         self._scheduler.add(ticket.sequence)
 
-    def _abort(self, sequence: Sequence) -> None:
-        ticket = self._tickets.get(sequence)
-        if ticket is not None:  # else it ended while the call was on its way
+    def _abort(self, ticket: Ticket) -> None:
+        if ticket.sequence in self._tickets:  # else it ended while the call was on its way
             self._end(ticket, Aborted(ticket.request.request_id))
 
     def _execute(self, batch: Batch) -> None:
@@ -393,7 +410,7 @@ class Engine:
         if {*self._scheduler.sequences()} != self._tickets.keys():
             raise AssertionError(f"{len(self._tickets)} tickets for {len(self._scheduler.sequences())} sequences")
         with self._lock:
-            live = set(self._live.values())
+            live = {ticket.sequence for ticket in self._live.values()}
         if not self._tickets.keys() <= live:
             raise AssertionError("a request that has ended still has a row")
         users = sum(ticket.has_columns for ticket in self._tickets.values())

@@ -37,7 +37,7 @@ from service.core import (
     Usage,
 )
 from service.engine.stops import AnswerText
-from service.errors import Draining, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
+from service.errors import Draining, EngineDown, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
 
 if TYPE_CHECKING:
     from adapters.adapter import Adapter
@@ -84,6 +84,8 @@ class FakeEngine:
         self.refuse_adapters: str | None = None
         """Set to a reason, it is what `load` refuses every adapter with."""
         self.has_chat_template = True
+        self.is_alive = True
+        """Set to False, it has failed."""
         self.submitted: list[GenerationRequest] = []
         """Every request taken, for tests that check what reached the engine."""
         self.loaded: dict[str, Adapter] = {}
@@ -171,6 +173,8 @@ class FakeEngine:
     def submit_all(self, asked: Sequence[tuple[GenerationRequest, EventSink]]) -> None:
         """Queue several, or none."""
         with self._changed:
+            if not self.is_alive:
+                raise EngineDown
             if self._is_draining or self._is_stopped:
                 raise Draining
             for request, _ in asked:

@@ -4,7 +4,7 @@ Each adapter owns a range of columns, the same in every module, and its first co
 adapter serves all of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from service.engine.adapted import AdaptedModule, replaced_parameters, touched_m
 from service.engine.mixed import ActiveColumns, LoraProduct, MixedStep
 from service.engine.native.kernels import Kernels
 from service.engine.sites import Site, SiteKind, site_kind
+
+_NOT_ADAPTABLE = "the base model does not compute it row by row, one for each token, so no adapter can change it"
 
 
 @dataclass(eq=False)
@@ -49,19 +51,23 @@ class LoraBank:
         model: nn.Module,
         token_embedding: nn.Module,
         *,
+        adaptable: Collection[str] | None = None,
         columns: int = 256,
         kernels: Kernels | None = None,
         product: LoraProduct | None = None,
     ) -> None:
         """With `kernels`, the weights that they can compute are packed: from then on the model runs through the bank.
 
-        `product` computes mixed steps where the weights are not packed.
+        Args:
+            adaptable: paths of the modules that adapters may change, see `LoadedModel`; all of them unless given.
+            product: computes mixed steps where the weights are not packed.
         """
         self._product = product
         self._generation = 0
         self._last_step: tuple[object, MixedStep] | None = None
         self._model = model
         self._originals = dict(model.named_modules())  # as they were before any was adapted
+        self._adaptable = frozenset(self._originals if adaptable is None else adaptable)
         # Their shapes alone: the weights themselves are freed when they are packed.
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._token_embedding = token_embedding
@@ -106,12 +112,13 @@ class LoraBank:
         """Adapt every linear module below these paths before an adapter asks for it, so that compiled code stays right."""
         inside = tuple(f"{path}." for path in under)
         for path, module in self._originals.items():
-            if path.startswith(inside) and site_kind(module) is SiteKind.LINEAR:
+            if path.startswith(inside) and path in self._adaptable and site_kind(module) is SiteKind.LINEAR:
                 self.adapt(path)
 
     def linear_modules(self) -> dict[str, tuple[int, int]]:
         """Paths of the linear modules inside the blocks, those in a numbered list of modules, with their (in, out)."""
-        sites = (self.site(path) for path in self._originals if any(part.isdigit() for part in path.split(".")))
+        inside = (path for path in self._originals if any(part.isdigit() for part in path.split(".")))
+        sites = (self.site(path) for path in inside if path in self._adaptable)
         return {site.path: (site.in_features, site.out_features) for site in sites if site.kind is SiteKind.LINEAR}
 
     def acquire(self, version: str, adapter: Adapter) -> None:
@@ -166,6 +173,9 @@ class LoraBank:
             if module is None:
                 yield f"{path}: the base model has no such module"
                 continue
+            if path not in self._adaptable:
+                yield f"{path}: {_NOT_ADAPTABLE}"
+                continue
             site = self.site(path)
             wanted = SiteKind.EMBEDDING if factors.is_embedding else SiteKind.LINEAR
             if site.kind is not wanted or (factors.is_embedding and module is not self._token_embedding):
@@ -175,13 +185,15 @@ class LoraBank:
             if given != (site.in_features, site.out_features):
                 yield f"{path}: made for in, out = {given}, the base has {(site.in_features, site.out_features)}"
         for path, bias in adapter.lora_bias.items():
-            if path in self._originals and bias.shape != (self.site(path).out_features,):
+            if path in self._adaptable and bias.shape != (self.site(path).out_features,):
                 yield f"{path}: its lora_bias has shape {list(bias.shape)}, the base {[self.site(path).out_features]}"
         replaced = {f"{path}.bias": bias for path, bias in adapter.base_bias.items()} | dict(adapter.saved_modules)
         for name, value in replaced.items():
             shape = self._shapes.get(name)
             if shape is None:
                 yield f"{name}: the base model has no such parameter"
+            elif name.rpartition(".")[0] not in self._adaptable:
+                yield f"{name}: {_NOT_ADAPTABLE}"
             elif shape != value.shape:
                 is_resized = value.ndim == 2 and value.shape[1:] == shape[1:]
                 hint = " (is its vocabulary resized? then the base must be, too)" if is_resized else ""

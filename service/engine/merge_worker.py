@@ -65,5 +65,7 @@ class MergeWorker:
     def _merge(self, adapter: Adapter, choice: AdapterChoice, buffer: Tensor | None) -> MergedWeights:
         weights = merge(adapter, choice, self._site_of, buffer=buffer, is_cancelled=self._is_cancelled.is_set)
         if weights.buffer.is_cuda:
-            torch.cuda.synchronize(weights.buffer.device)  # complete when it is told of, and its time is that of the work
+            # Complete when it is told of, and its time is that of the work. Not the whole device: while a graph is recorded
+            # on another of its streams, that is an error.
+            torch.cuda.current_stream(weights.buffer.device).synchronize()
         return weights

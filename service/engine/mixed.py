@@ -187,16 +187,17 @@ class MixedStep:
     def apply(self, module: AdaptedModule, x: Tensor) -> Tensor:
         """The base's output plus each row's own update."""
         targeted = module.site.path in self._targets
-        if not (targeted or self._special):
+        special = [version for version in self._special if version in module.replaced or version in module.bias_rows]
+        if not (targeted or special):  # also of modules that are given other rows than the step's, which none may change
             return module.run_base(x)
         is_embedding = module.site.kind is SiteKind.EMBEDDING
         flat_x = x.reshape(-1) if is_embedding else x.reshape(-1, x.shape[-1])  # [rows, in], or token ids [rows]
         rows = self._by_length[flat_x.shape[0]]
-        if module.site.kernels is not None and not self._special:
+        if module.site.kernels is not None and not special:
             return module.products(x, rows.blocks)[0]
         out = module.run_base(x)
         flat_out = out.view(-1, out.shape[-1])  # [rows, out]
-        for version in self._special:  # before the product, which adds to what the replaced parameters give
+        for version in special:  # before the product, which adds to what the replaced parameters give
             own = rows.of(version)
             if version in module.replaced and len(own):
                 flat_out[own] = module.site.run(flat_x[own], module.replaced[version])

@@ -1,6 +1,9 @@
 """Loading a base model, and finding out whether packed rows can serve it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from service.core import ModelFacts
 from service.engine.attention import ATTENTION, AttentionCall, UnsupportedAttention, attention_step
 from service.engine.kv_cache import LayerShape
+from service.engine.sites import SiteKind, site_kind
 from service.errors import ModelRefused
 
 _DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies depend on the longest row of the batch: one request would change another's answer."""
+_TRIAL_ROWS = 16
+"""Of the forward pass that layers and modules are learned from: so many that the tokens of no expert are all of them."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class LoadedModel:
 
     Attributes:
         layers: its attention modules in the order they run, with their shapes.
+        adaptable: paths of the modules that adapters can change: they compute one row for each token, from that alone.
         eos_ids: tokens that end a generation.
     """
 
@@ -29,6 +36,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     layers: dict[nn.Module, LayerShape]
+    adaptable: frozenset[str]
     eos_ids: frozenset[int]
     max_context_tokens: int
 
@@ -105,12 +113,12 @@ def prepare_model(
         raise ModelRefused(name, reasons)
     model.train(False).requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
-    layers = _discover_layers(model, name)
     context = max_context_tokens or limit or 4096
-    reasons = _mask_reasons(model.config.get_text_config(), layers, context)
+    found = _discover(model, name, rows=min(_TRIAL_ROWS, context))
+    reasons = _mask_reasons(model.config.get_text_config(), found.layers, context)
     if reasons:
         raise ModelRefused(name, reasons)
-    return LoadedModel(name, model, tokenizer, layers, _eos_ids(model, tokenizer), context)
+    return LoadedModel(name, model, tokenizer, found.layers, found.adaptable, _eos_ids(model, tokenizer), context)
 
 
 def context_limit(config: Any) -> int | None:
@@ -169,35 +177,59 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 
 
 class _Discovery:
-    """Learns, during one forward pass, which attention layers run and with which shapes."""
+    """Learns, during one forward pass of so many rows, which attention layers run and with which shapes, and which modules
+    are called as one is that stands in the place of a module and changes each row by itself: see `AdaptedModule`.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         self.layers: dict[nn.Module, LayerShape] = {}
+        self._rows = rows
+        self._is_adaptable: dict[str, bool] = {}  # by path, of those that were called
+
+    @property
+    def adaptable(self) -> frozenset[str]:
+        """Paths of the modules that were called so, each time."""
+        return frozenset(path for path, is_adaptable in self._is_adaptable.items() if is_adaptable)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         self.layers[module] = LayerShape(call.key.shape[0], call.key.shape[-1], call.value.shape[-1], call.window)
         heads, rows, _ = call.query.shape
         return call.query.new_zeros(rows, heads, call.value.shape[-1])
 
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """See, inside the block, how the modules are called that have a weight of their own."""
+        owners = [(path, module) for path, module in model.named_modules() if module._parameters.get("weight") is not None]
+        hooks = [module.register_forward_hook(partial(self._see, path), with_kwargs=True) for path, module in owners]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-def _discover_layers(model: PreTrainedModel, name: str) -> dict[nn.Module, LayerShape]:
-    discovery = _Discovery()
-    ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    def _see(self, path: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
+        is_adaptable = len(given) == 1 and not named and isinstance(given[0], Tensor) and isinstance(out, Tensor)
+        if is_adaptable:
+            x_rows = given[0].shape if site_kind(module) is SiteKind.EMBEDDING else given[0].shape[:-1]
+            is_adaptable = x_rows.numel() == out.shape[:-1].numel() == self._rows
+        self._is_adaptable[path] = self._is_adaptable.get(path, True) and is_adaptable
+
+
+def _discover(model: PreTrainedModel, name: str, *, rows: int) -> _Discovery:
+    discovery = _Discovery(rows)
+    every = torch.arange(rows, device=model.device)
+    # Tokens that differ, which experts share among them, and the logits of all: else one row could stand for any other.
+    ids = every * model.config.get_text_config().vocab_size // rows
     try:
-        with torch.inference_mode(), attention_step(discovery):
-            model(
-                input_ids=ids,
-                position_ids=torch.arange(3, device=model.device)[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor([2], device=model.device),
-            )
+        with torch.inference_mode(), attention_step(discovery), discovery.watching(model):
+            model(input_ids=ids[None], position_ids=every[None], use_cache=False, logits_to_keep=every)
     except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ModelRefused(name, [f"{type(model).__name__} can't run packed rows: {_first_line(error)}"]) from error
     if not discovery.layers:
         raise ModelRefused(
             name, [f"{type(model).__name__} does not call its attention through transformers' AttentionInterface"]
         )
-    return discovery.layers
+    return discovery
 
 
 def _first_line(error: BaseException) -> str:

@@ -34,17 +34,21 @@ class Reference:
         finally:
             loaded.model.set_attn_implementation(ATTENTION)
 
+    def blocks(self, block_tokens: int) -> int:
+        """Blocks of the cache that `check` needs."""
+        return len(self._sequences) * -(-len(self._sequences[0]) // block_tokens)
+
     def check(self, loaded: LoadedModel, runner: Runner, *, block_tokens: int) -> None:
         """Run the same sequences packed, cut into chunks and beside each other, and compare.
 
-        Writes over the first blocks of the runner's cache, so call it before any request runs.
+        Writes over the first `blocks` of the runner's cache, so call it before any request runs.
 
         Raises:
             ModelRefused: the logits differ by more than rounding explains.
         """
         first, second = self._sequences
-        blocks = -(-len(first) // block_tokens)
-        held = [tuple(range(blocks)), tuple(range(blocks, 2 * blocks))]
+        end = self.blocks(block_tokens)
+        held = [tuple(range(end // 2)), tuple(range(end // 2, end))]
         half = len(first) // 2
         try:
             # The first half of one sequence; then its rest but one token beside the whole of the other; then the last token.

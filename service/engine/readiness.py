@@ -18,11 +18,9 @@ from service.engine.model_check import Reference
 from service.engine.native_blocks import use_native_blocks
 from service.engine.options import EngineOptions
 from service.engine.runner import Runner
+from service.errors import ModelRefused
 
 log = logging.getLogger(__name__)
-
-_LEAST_BLOCKS = 4
-"""For the check's own sequences."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,17 @@ def make_ready(loaded: LoadedModel, options: EngineOptions, backend: Backend) ->
     """Reserve the cache, pack the weights, compile what is to be compiled, and check the model after each.
 
     Raises:
-        ModelRefused: packed rows do not give the model's own answers.
+        ModelRefused: packed rows do not give the model's own answers, or the cache can't hold those that prove it.
     """
     model = loaded.model
-    pool = BlockPool(_blocks(loaded, options), options.kv_block_tokens)
+    facts, reference = loaded.facts, Reference(loaded)  # both from the model as it came: packing unties weights
+    pool = BlockPool(_blocks(loaded, options, reference.blocks(options.kv_block_tokens)), options.kv_block_tokens)
     cache = backend.cache(CacheRoom(loaded.layers, pool.total, pool.block_tokens, model.dtype, model.device))
     graphs = backend.graphs(loaded, most_rows=options.max_running)
     runner = Runner(loaded, cache, backend.kernels, graphs)
-    facts, reference = loaded.facts, Reference(loaded)  # both from the model as it came: packing unties weights
-    bank = LoraBank(model, model.get_input_embeddings(), kernels=backend.kernels, product=backend.product)
+    bank = LoraBank(
+        model, model.get_input_embeddings(), adaptable=loaded.adaptable, kernels=backend.kernels, product=backend.product
+    )
     check = partial(reference.check, loaded, runner, block_tokens=pool.block_tokens)
     check()
     kernels = backend.kernels if options.compile is Compile.AUTO else None
@@ -61,8 +61,12 @@ def make_ready(loaded: LoadedModel, options: EngineOptions, backend: Backend) ->
     return ReadyModel(pool, runner, bank, facts)
 
 
-def _blocks(loaded: LoadedModel, options: EngineOptions) -> int:
-    """As many as may be taken, or as are ever needed."""
+def _blocks(loaded: LoadedModel, options: EngineOptions, least: int) -> int:
+    """As many as may be taken, or as are ever needed; the check needs `least`."""
     block_bytes = KVCache.token_bytes(loaded.layers, loaded.model.dtype) * options.kv_block_tokens
     most = options.max_running * -(-loaded.max_context_tokens // options.kv_block_tokens)
-    return max(_LEAST_BLOCKS, min(options.kv_cache_bytes // block_bytes, most))
+    allowed = options.kv_cache_bytes // block_bytes
+    if allowed < least:
+        needed = f"{least * block_bytes} or more, for {least} blocks of {options.kv_block_tokens} tokens (kv_block_tokens)"
+        raise ModelRefused(loaded.name, [f"kv_cache_bytes is {options.kv_cache_bytes}; legal: {needed}"])
+    return min(allowed, max(most, least))

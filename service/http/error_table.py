@@ -39,6 +39,7 @@ ERROR_TABLE: dict[type[Exception], ErrorKind] = {
     service_errors.TooManyJobs: ErrorKind(503, "overloaded", retry_after_s=10),
     service_errors.UnknownJob: ErrorKind(404, "job_not_found"),
     service_errors.Draining: ErrorKind(503, "unavailable", retry_after_s=5),
+    service_errors.EngineDown: ErrorKind(503, "unavailable", retry_after_s=30),
     service_errors.SloUnattainable: ErrorKind(503, "slo_unattainable", retry_after_s=1),
     service_errors.DeadlinePassed: ErrorKind(504, "timeout"),
     service_errors.SlowReader: ErrorKind(408, "slow_reader"),

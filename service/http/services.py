@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from threading import Event
 
 from service.core import EngineProtocol
-from service.errors import Draining
+from service.errors import Draining, EngineDown
 from service.http.adapters.calibration import Calibrations
 from service.http.adapters.registry import AdapterRegistry
 from service.http.latencies import Latencies
@@ -44,7 +44,13 @@ class Services:
         """Adapters loaded and not draining."""
         return self.registry.is_loaded and not self.draining.is_set()
 
+    def check_alive(self) -> None:
+        """Raise EngineDown once the engine has failed."""
+        if not self.engine.is_alive:
+            raise EngineDown
+
     def check_accepting(self) -> None:
-        """Raise Draining once the server takes no new work."""
+        """Raise Draining once the server takes no new work, or EngineDown."""
+        self.check_alive()
         if self.draining.is_set():
             raise Draining

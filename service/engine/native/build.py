@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
@@ -21,12 +22,15 @@ COMPILERS = ("cc", "gcc")
 _TIMEOUT_S = 120
 
 
-def built_library() -> Path | None:
-    """The library, from the user's cache or built now; None, with the reason in the log, where it can't be built."""
+def built_libraries() -> Iterator[Path]:
+    """The library, from the user's cache or built now, and for whom that one is of no use the same in another folder.
+
+    None, with the reason in the log, where it can't be built.
+    """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         log.info("no C compiler (%s) was found, to build kernels with", " or ".join(COMPILERS))
-        return None
+        return
     name = f"kernels-{_fingerprint(compiler)}.so"
     started = time.monotonic()
     for folder in _folders():
@@ -38,14 +42,13 @@ def built_library() -> Path | None:
             if not built.exists():
                 build(compiler, built)
                 log.info("kernels built for this processor in %.1f s: %s", time.monotonic() - started, built)
-            return built
         except OSError:  # a folder that can't be written to: the next one
             continue
         except subprocess.SubprocessError as error:
             reason = getattr(error, "stderr", None) or str(error)
             log.warning("the kernels could not be built: products run by torch alone, slower: %s", reason.strip()[:500])
-            return None
-    return None
+            return
+        yield built
 
 
 def _folders() -> tuple[Path, Path]:

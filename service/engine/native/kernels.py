@@ -6,15 +6,16 @@ How long the products take beside torch's is measured by `make bench ARGS="--swe
 import ctypes
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from service.engine.native.build import built_library
+from service.engine.native.build import built_libraries
 from service.engine.native.prebuilt import prebuilt_library
 
 log = logging.getLogger(__name__)
@@ -255,9 +256,18 @@ class Kernels:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels for this processor; None, with a line in the log, where there is neither a compiler nor a library."""
-    library = built_library() or prebuilt_library()
-    if library is None:
-        log.info("products run by torch alone, slower")
-        return None
-    return Kernels(ctypes.CDLL(str(library)))
+    """The kernels for this processor; None, with the reasons in the log, where no library can be built or loaded."""
+    for library in _libraries():
+        try:
+            return Kernels(ctypes.CDLL(str(library)))
+        except OSError as error:  # a folder of which nothing may run, or a machine without what the library needs
+            log.warning("kernels can't be loaded: %s", error)
+    log.info("products run by torch alone, slower")
+    return None
+
+
+def _libraries() -> Iterator[Path]:
+    """All that may serve, best first; each is built when it is asked for."""
+    yield from built_libraries()
+    if (ahead := prebuilt_library()) is not None:
+        yield ahead

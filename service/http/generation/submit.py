@@ -87,7 +87,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
 
     Raises:
         InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
-        NotReady, QueueFull, Draining: not now.
+        NotReady, QueueFull, Draining, EngineDown: not now.
         DeadlinePassed: too late already.
         SloUnattainable: its latency objectives can't be met.
     """

@@ -40,15 +40,17 @@ class Info(BaseModel):
     version: str
 
 
-@router.get("/health")
-async def health() -> dict[str, str]:
-    """The process lives and its event loop turns."""
+@router.get("/health", responses=errors(503))
+async def health(services: TheServices) -> dict[str, str]:
+    """The process lives, its event loop turns, and its engine has not failed."""
+    services.check_alive()
     return {"status": "ok"}
 
 
 @router.get("/ready", responses=errors(503))
 async def ready(services: TheServices) -> Response:
-    """The server takes requests: adapters are loaded, and it is not shutting down."""
+    """The server takes requests: adapters are loaded, it is not shutting down, and its engine has not failed."""
+    services.check_alive()
     if services.is_ready:
         return JSONResponse({"status": "ready"})
     why = "draining" if services.draining.is_set() else "loading"
