@@ -129,6 +129,7 @@ class GenerationRequest:
         adapter: None for the base model alone.
         group: what it has in common with the other sequences of one client's request; they share the keys and values of a
             common prompt also where `prefix_cache` is off, since that tells nobody anything.
+        tenant: whose it is; those who wait are admitted in turn, however many requests each of them has.
     """
 
     request_id: str
@@ -136,6 +137,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: AdapterChoice | None = None
     group: str | None = None
+    tenant: str | None = None
 
 
 class Alternative(NamedTuple):
