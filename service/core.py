@@ -249,7 +249,11 @@ EventSink = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the server knows of its base model."""
+    """What the server knows of its base model.
+
+    Attributes:
+        longest_token: characters of a text that one token stands for at most; None where its tokenizer sets no bound.
+    """
 
     name: str
     model_type: str
@@ -259,6 +263,7 @@ class ModelFacts:
     nbytes: int
     vocab_size: int
     max_context_tokens: int
+    longest_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -382,10 +387,10 @@ class EngineProtocol(Protocol):
             with_special: with what the tokenizer puts around a text (a beginning of sequence, say).
         """
 
-    def encode_chat(
+    def chat_text(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation, by the tokenizer's chat template.
+    ) -> str:
+        """The prompt of a conversation, by the tokenizer's chat template, which writes what belongs around it as well.
 
         Args:
             messages: each with a role and its content, perhaps a name.

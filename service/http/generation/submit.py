@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
 
 from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams, TokenEvent
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.adapters.served_adapter import ServedAdapter
-from service.http.generation.arrival import Arrival
+from service.http.generation.arrival import Arrival, Deadline
 from service.http.generation.choice import Choice, ask_of, choose, largest, monotonic_of
 from service.http.generation.fan_out import FanOut, sequence_seed
 from service.http.generation.measurement import Measurement, SequenceMeasurement
@@ -32,6 +32,8 @@ _SUBMIT_TRIES = 3
 _tokenizer_thread = CapacityLimiter(1)
 
 Made = TypeVar("Made")
+Prompts = tuple[tuple[int, ...], ...]
+"""Token ids of each."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Task:
 
     Attributes:
         adapter, rank, policy: as the body names them; `select` joins them with the headers.
-        encode: token ids of each prompt. Called in a thread.
+        encode: token ids of each prompt. Called in a thread. Raises InvalidRequest.
         sampling: what the engine is to be told of a prompt of so many tokens. Raises InvalidRequest.
-        copies: how many sequences to make of each prompt.
+        prompts, copies: how many prompts there are, and how many sequences to make of each.
         slo: its latency objectives, perhaps none.
         adapter_field, copies_field: what the schema calls them, for errors; how_to_sample: what it takes to draw tokens.
     """
@@ -50,8 +52,9 @@ class Task:
     adapter: str | None
     rank: RankWish
     policy: str | None
-    encode: Callable[[EngineProtocol], tuple[tuple[int, ...], ...]]
+    encode: Callable[[EngineProtocol, TokenLimits], Prompts]
     sampling: Callable[[int, TokenLimits], SamplingParams]
+    prompts: int = 1
     copies: int = 1
     slo: Slo = NO_SLO
     adapter_field: str = "adapter_id"
@@ -97,8 +100,8 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     headers, default = arrival.headers, caller.default_adapter
     selection = select(task.adapter, task.rank, task.policy, headers, default, field=task.adapter_field, slo=task.slo)
     choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
-    prompts = await tokenizing(task.encode, services.engine)
     limits = TokenLimits.of(settings, services.engine.model)
+    prompts = await _tokenized(task, services.engine, limits, deadline)
     asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
     arrived_at = monotonic_of(arrival.arrived_at, asyncio.get_running_loop().time())
     deadline.check()
@@ -118,6 +121,12 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
         services.metrics.decided(choice.decision)
     samplings = tuple(sampling for _, sampling in asked)
     return Submitted(sequences, prompts, samplings, choice.adapter, choice.decision, measurement)
+
+
+async def _tokenized(task: Task, engine: EngineProtocol, limits: TokenLimits, deadline: Deadline) -> Prompts:
+    with CancelScope(deadline=deadline.at):  # ends the wait for the others' texts; the own one, once begun, is read to its end
+        return await tokenizing(lambda each: task.encode(each, limits), engine)
+    raise deadline.error()
 
 
 async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol) -> Made:
@@ -170,7 +179,7 @@ def _fan_out(
     streams = []
     for prompt_ids, sampling in asked:
         tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
-        tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
+        tracker = RequestTracker(services.metrics, tracked, services.drain_rate, measurement.arrived_at)
         request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group)
         change = _changing(services.engine, request.request_id, chosen.adapter) if is_alone else None
         measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling), change)
