@@ -13,7 +13,7 @@ from service.core import EngineProtocol, Event, EventSink, Finished, GenerationR
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.adapters.served_adapter import ServedAdapter
 from service.http.generation.arrival import Arrival, Deadline
-from service.http.generation.choice import Choice, ask_of, choose, largest, monotonic_of
+from service.http.generation.choice import Choice, ask_of, choose, monotonic_of
 from service.http.generation.fan_out import FanOut, sequence_seed
 from service.http.generation.measurement import Measurement, SequenceMeasurement
 from service.http.generation.selection import select
@@ -23,6 +23,7 @@ from service.http.generation.tracking import RequestTracker, TrackedRequest
 from service.http.latencies import Latencies
 from service.http.services import Services
 from service.http.shadow import Followed
+from service.rank.prospect import Ask
 from service.rank.rank_policy import RankDecision, RankWish
 from service.slo import NO_SLO, Slo
 
@@ -106,7 +107,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     arrived_at = monotonic_of(arrival.arrived_at, asyncio.get_running_loop().time())
     deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):
-        choice = choose(services, selection, caller, largest([ask_of(len(prompt), each) for prompt, each in asked]), arrived_at)
+        choice = choose(services, selection, caller, _asks(asked, task.copies), arrived_at)
         measurement = choice.measurement(services, arrived_at)
         sequences = _fan_out(services, asked, arrival, choice, measurement)
         try:
@@ -150,6 +151,11 @@ def _remembering(on_event: EventSink, latencies: Latencies, request: TrackedRequ
             latencies.add(adapter, request.rank, event.usage)
 
     return hear
+
+
+def _asks(asked: Sequence[tuple[tuple[int, ...], SamplingParams]], copies: int) -> list[Ask]:
+    """The work of each sequence. The engine reads a prompt once for all of its copies, but for its last tokens."""
+    return [ask_of(1 if number % copies else len(prompt), sampling) for number, (prompt, sampling) in enumerate(asked)]
 
 
 def _copies(sampling: SamplingParams, task: Task) -> tuple[SamplingParams, ...]:
