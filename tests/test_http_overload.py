@@ -363,3 +363,28 @@ def test_what_is_truncated_may_be_of_any_length(tmp_path: Path) -> None:
         assert server.generate(LONG, truncate=5).status_code == 200
         completion = {"prompt": LONG, "truncate_prompt_tokens": 5}
         assert server.client.post("/v1/completions", json=completion).status_code == 200
+
+
+def test_each_sequence_counts_as_a_request_in_flight_of_its_key(tmp_path: Path) -> None:
+    alice, bob = make_key("alice", max_in_flight=3), make_key("bob")
+    keys = write_keys(tmp_path / "keys.json", alice, bob)
+    with on_socket(tmp_path, api_keys_file=keys) as (server, _):
+        two: dict[str, Any] = {"best_of": 2, "do_sample": True}
+        never = server.generate(headers=alice.headers, best_of=4, do_sample=True)
+        said = "best_of: 4 sequences are more than this API key may have in flight; legal: up to 3"
+        assert (never.status_code, never.json()["error"]) == (422, said)
+        several = server.client.post("/v1/completions", json={"prompt": ["a"] * 4}, headers=alice.headers)
+        assert several.json()["error"]["param"] == "prompt"
+        answers: list[httpx.Response] = []
+        with server.engine.paused():
+            thread = threading.Thread(target=lambda: answers.append(server.generate(headers=alice.headers, **two)))
+            thread.start()
+            assert server.engine.wait_until(lambda stats: stats.running == 2)
+            refused = server.generate(headers=alice.headers, **two)
+            assert (refused.status_code, refused.json()["error_type"]) == (429, "rate_limited")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert server.client.get("/info", headers=alice.headers).status_code == 200
+            assert {each.tenant for each in server.engine.submitted} == {"alice"}
+        thread.join(20)
+        assert answers[0].status_code == 200
+        assert server.generate(headers=alice.headers, best_of=3, do_sample=True).status_code == 200

@@ -91,7 +91,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
 
     Raises:
         InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
-        NotReady, QueueFull, Draining: not now.
+        NotReady, QueueFull, Draining, KeyOverLimit: not now.
         DeadlinePassed: too late already.
         SloUnattainable: its latency objectives can't be met.
     """
@@ -101,6 +101,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     headers, default = arrival.headers, caller.default_adapter
     selection = select(task.adapter, task.rank, task.policy, headers, default, field=task.adapter_field, slo=task.slo)
     choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
+    arrival.admission.count(task.prompts * task.copies, task.copies_field if task.prompts == 1 else "prompt")
     limits = TokenLimits.of(settings, services.engine.model)
     prompts = await _tokenized(task, services.engine, limits, deadline)
     asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
@@ -186,7 +187,7 @@ def _fan_out(
     for prompt_ids, sampling in asked:
         tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
         tracker = RequestTracker(services.metrics, tracked, services.drain_rate, measurement.arrived_at)
-        request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group)
+        request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group, arrival.caller.name or None)
         change = _changing(services.engine, request.request_id, chosen.adapter) if is_alone else None
         measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling), change)
         followed = services.shadow.follow(adapter, prompt_ids, choice, full)
