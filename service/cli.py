@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None, make_engine: EngineFactory | None = 
         if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
             # Until the server sets its own. Without one, a container's first process would not even get the signal.
             signal.signal(signal.SIGTERM, _end)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # there is nothing to read again until the keys are read
         # Late, because it imports torch: help, settings and their errors should come at once.
         from service import launch
 

@@ -132,6 +132,7 @@ class GenerationRequest:
         adapter: None for the base model alone.
         group: what it has in common with the other sequences of one client's request; they share the keys and values of a
             common prompt also where `prefix_cache` is off, since that tells nobody anything.
+        tenant: whose it is; those who wait are admitted in turn, however many requests each of them has.
     """
 
     request_id: str
@@ -139,6 +140,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: AdapterChoice | None = None
     group: str | None = None
+    tenant: str | None = None
 
 
 class Alternative(NamedTuple):
@@ -250,7 +252,11 @@ EventSink = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the server knows of its base model."""
+    """What the server knows of its base model.
+
+    Attributes:
+        longest_token: characters of a text that one token stands for at most; None where its tokenizer sets no bound.
+    """
 
     name: str
     model_type: str
@@ -260,6 +266,7 @@ class ModelFacts:
     nbytes: int
     vocab_size: int
     max_context_tokens: int
+    longest_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -397,10 +404,10 @@ class EngineProtocol(Protocol):
             with_special: with what the tokenizer puts around a text (a beginning of sequence, say).
         """
 
-    def encode_chat(
+    def chat_text(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation, by the tokenizer's chat template.
+    ) -> str:
+        """The prompt of a conversation, by the tokenizer's chat template, which writes what belongs around it as well.
 
         Args:
             messages: each with a role and its content, perhaps a name.

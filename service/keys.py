@@ -54,7 +54,7 @@ class ApiKey:
         default_adapter: serves requests that name none.
         rank_policy: chooses the rank where the request leaves it open; None for the server's default.
         bounds: the ranks it may use.
-        max_in_flight: requests at the same time; None for no limit.
+        max_in_flight: requests at the same time, each sequence of a generation counting as one; None for no limit.
         requests_per_minute: None for no limit.
         private_uploads: adapters that it uploads are its own: no other key sees them.
     """

@@ -49,7 +49,7 @@ class KeysOptions:
     rank_policy: str | None = option("policy that chooses the rank where a request leaves it open", None)
     rank_floor: int | None = option("smallest rank it may use", None, parse=_positive)
     rank_ceiling: int | None = option("largest rank it may use", None, parse=_positive)
-    max_in_flight: int | None = option("most requests at the same time", None, parse=_positive)
+    max_in_flight: int | None = option("most requests at the same time, each sequence counting as one", None, parse=_positive)
     requests_per_minute: int | None = option("most requests per minute", None, parse=_positive)
     private_uploads: bool = option("adapters that it uploads are seen by this key alone", False)
 

@@ -1,6 +1,8 @@
 """Puts a server together from its settings, and runs it."""
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,8 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # it would be a line of the log
     tenants, tracing = Tenants.of(settings), Tracing.from_environment()
+    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+        signal.signal(signal.SIGHUP, lambda number, frame: tenants.reload())  # until the server sets its own
     if tenants.is_open:
         log.logger.info(log.entry("no API keys: everybody who can connect may do everything", host=settings.host))
     with _open_store(settings) as store:

@@ -114,10 +114,10 @@ def in_process(root: Path, *, wait: bool = True, **options: Any) -> Iterator[Ser
 
 
 @contextmanager
-def on_socket(root: Path, **options: Any) -> Iterator[tuple[Server, DrainingServer]]:
+def on_socket(root: Path, *, drain_timeout_s: float = 10, **options: Any) -> Iterator[tuple[Server, DrainingServer]]:
     """A server behind a real socket, in a thread."""
     with parts(root, **options) as (app, engine, store):
-        server = DrainingServer(app, "127.0.0.1", 0, drain_timeout_s=10)
+        server = DrainingServer(app, "127.0.0.1", 0, drain_timeout_s)
         started = threading.Event()
         startup = server.startup
 

@@ -204,3 +204,16 @@ def test_what_was_paid_in_a_burst_is_not_asked_of_one_who_comes_to_an_idle_serve
     prediction = machine.auto_rank.predict("own", Ask(40, 60), 60.0)
     assert prediction is not None
     assert (prediction.price, prediction.held_price) == (0, 0)
+
+
+@pytest.mark.parametrize("count", [1, 16, 64, 100])
+def test_of_several_sequences_the_last_ones_times_are_predicted(count: int) -> None:
+    auto_rank = AutoRank(known_model(), SIZES, clock=lambda: 0.0)
+    siblings = [InFlight("own", constant(1), 1, 1, NEW_TOKENS) for _ in range(count - 1)]
+    made = auto_rank.predict("own", Ask(40, NEW_TOKENS), 0.0, siblings=siblings)
+    assert made is not None and made.in_flight == 0
+    assert not auto_rank.book.requests and not auto_rank.book.row_ranks.any() and not auto_rank.book.adapters
+    rows = min(count, SIZES.max_running)
+    step_s = true_seconds(StepReport(Mode.MIXED, 0, rows, 1.0, 1, rows, 1, 70 * rows))
+    rounds = 1 if count <= SIZES.max_running else 2
+    assert made.at(1).latency_ms == pytest.approx(1000 * rounds * NEW_TOKENS * step_s, rel=0.25)

@@ -20,6 +20,7 @@ from service.cli import BAD_USAGE, main
 from service.core import EngineObserver, EngineProtocol
 from service.errors import ModelRefused
 from service.settings import Settings, variable
+from tests.http_keys import make_key, write_keys
 
 # A server whose engine makes no step until SIGUSR1.
 PAUSED_SERVER = """
@@ -92,7 +93,7 @@ def process(tmp_path: Path, *arguments: str) -> Iterator[Process]:
             popen.kill()
 
 
-def test_sigterm_ends_a_server_that_still_loads(tmp_path: Path) -> None:
+def test_a_server_that_still_loads_reads_its_keys_again_and_ends_when_told(tmp_path: Path) -> None:
     loading = """
 import sys
 from service.cli import main
@@ -101,14 +102,17 @@ def make_engine(settings, observer):
     print("loading", flush=True)
     sys.stdin.read()
 
-sys.exit(main(["serve", "--adapters-dir", sys.argv[1]], make_engine))
+sys.exit(main(["serve", "--adapters-dir", sys.argv[1], "--api-keys-file", sys.argv[2]], make_engine))
 """
-    command = [sys.executable, "-c", loading, str(tmp_path)]
+    keys = write_keys(tmp_path / "keys.json", make_key("alice"))
+    command = [sys.executable, "-c", loading, str(tmp_path / "store"), str(keys)]
     root = Path(__file__).resolve().parent.parent
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=root) as popen:
-        assert popen.stdout is not None
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=root) as popen:
+        assert popen.stdout is not None and popen.stderr is not None
         assert popen.stdout.readline() == "loading\n"
+        popen.send_signal(signal.SIGHUP)
+        assert any("API keys read again" in line for line in popen.stderr)
         popen.terminate()
         assert popen.wait(20) == 128 + signal.SIGTERM  # not -SIGTERM, which a container's first process would ignore
 

@@ -1,8 +1,11 @@
 import io
 import json
+import signal
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -323,3 +326,54 @@ def test_a_query_parameter_that_there_is_not_is_refused(server: Server) -> None:
     response = server.client.delete("/adapters/demo", params={"force": 1})
     assert (response.status_code, response.json()["error"]) == (422, "force: no such query parameter; there are none here")
     assert server.client.get("/adapters/demo").status_code == 200
+
+
+@contextmanager
+def half_uploaded(server: Server, root: Path, folder: Path) -> Iterator[Callable[[], httpx.Response]]:
+    """An upload that the server is reading; a call sends the rest and waits for the answer."""
+    is_begun, may_end = threading.Event(), threading.Event()
+    request = server.client.build_request("PUT", "/adapters/slow", files=files_of(folder))
+    content = request.read()
+
+    def slowly() -> Iterator[bytes]:
+        yield content[:10]
+        is_begun.set()
+        assert may_end.wait(20)
+        yield content[10:]
+
+    headers = {"Content-Type": request.headers["content-type"]}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.client.put, "/adapters/slow", content=slowly(), headers=headers)
+        assert is_begun.wait(20)
+        while not list((root / "store" / "tmp").iterdir()):
+            server.client.get("/health")
+
+        def rest() -> httpx.Response:
+            may_end.set()
+            return answer.result(20)
+
+        try:
+            yield rest
+        finally:
+            may_end.set()
+
+
+def test_an_upload_has_all_the_time_of_a_drain(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.http.server._CLOSE_CONNECTIONS_S", 0.01)
+    with on_socket(tmp_path) as (server, draining), half_uploaded(server, tmp_path, folder) as rest:
+        draining.handle_exit(signal.SIGTERM, None)
+        while any(each.is_serving() for each in draining.servers):
+            pass
+        assert rest().status_code == 201
+    assert draining.all_ended
+
+
+def test_an_upload_that_outlasts_the_drain_is_told_so(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.http.server._CLOSE_CONNECTIONS_S", 0.01)
+    with on_socket(tmp_path, drain_timeout_s=0) as (server, draining), half_uploaded(server, tmp_path, folder) as rest:
+        draining.handle_exit(signal.SIGTERM, None)
+        while draining.all_ended:
+            pass
+        with suppress(httpx.WriteError):
+            cut_off = rest()
+            assert (cut_off.status_code, cut_off.json()["error_type"]) == (503, "unavailable")

@@ -16,6 +16,8 @@ from service.engine.fake_engine import FakeEngine
 from tests.http_harness import Server, in_process, on_socket
 from tests.http_keys import make_key, write_keys
 
+LONG = 2048 * "x"
+"""Of more characters than FakeEngine's context can hold, whichever its tokens."""
 ENDLESS = {"inputs": "x", "parameters": {"max_new_tokens": 900_000}}
 
 
@@ -270,6 +272,7 @@ def test_several_answers_are_queued_together_or_not_at_all(tmp_path: Path) -> No
             server.engine.submit(GenerationRequest("before", (1,)), lambda event: None)
             assert server.generate(do_sample=True, best_of=3).status_code == 503
             assert [request.request_id for request in server.engine.submitted] == ["before"]
+        assert server.engine.wait_until(lambda stats: not stats.running)
         assert server.generate(do_sample=True, best_of=3).status_code == 200
         assert server.metric("dylora_requests_total", adapter="base", rank="0", mode="base", outcome="ok") == 3
         assert server.metric("dylora_requests_total", adapter="base", rank="0", mode="none", outcome="aborted") is None
@@ -300,3 +303,88 @@ def test_prompts_are_bounded(tmp_path: Path, limit: int, status: int) -> None:
         assert response.status_code == status
         said: dict[str, Any] = response.json()
         assert status == 200 or said["error"] == "inputs: 5 prompt tokens are above this server's limit; legal: 1 to 4"
+
+
+class Reading(FakeEngine):
+    """One that takes as long over a text as a test wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_reading, self.may_end = threading.Event(), threading.Event()
+
+    def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
+        self.is_reading.set()
+        assert self.may_end.wait(20)
+        return super().encode(text, with_special=with_special)
+
+
+def test_the_wait_for_the_tokenizer_ends_at_the_deadline(tmp_path: Path) -> None:
+    engine = Reading()
+    with on_socket(tmp_path, engine=engine) as (server, _):
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(server.generate("the first")))
+        thread.start()
+        assert engine.is_reading.wait(20)
+        late = server.generate("the second", headers={"X-Request-Timeout-Ms": "50"})
+        assert (late.status_code, late.json()["error_type"]) == (504, "timeout")
+        engine.may_end.set()
+        thread.join(20)
+        assert answers[0].status_code == 200
+
+
+class NeverReading(FakeEngine):
+    def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
+        raise AssertionError("it is tokenised")
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "said"),
+    [
+        (
+            "/generate",
+            {"inputs": LONG},
+            "inputs: at least 512 prompt tokens, above the context of 512 tokens; shorten the prompt, or set truncate",
+        ),
+        ("/v1/completions", {"prompt": ["a", LONG]}, "prompt: at least 512 prompt tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages: at least 517 prompt tokens"),
+    ],
+)
+def test_a_prompt_that_is_certainly_too_long_is_never_tokenised(
+    tmp_path: Path, route: str, body: dict[str, Any], said: str
+) -> None:
+    with in_process(tmp_path, engine=NeverReading()) as server:
+        response = server.client.post(route, json=body)
+        assert response.status_code in (400, 422)
+        assert said in response.text
+
+
+def test_what_is_truncated_may_be_of_any_length(tmp_path: Path) -> None:
+    with in_process(tmp_path) as server:
+        assert server.generate(LONG, truncate=5).status_code == 200
+        completion = {"prompt": LONG, "truncate_prompt_tokens": 5}
+        assert server.client.post("/v1/completions", json=completion).status_code == 200
+
+
+def test_each_sequence_counts_as_a_request_in_flight_of_its_key(tmp_path: Path) -> None:
+    alice, bob = make_key("alice", max_in_flight=3), make_key("bob")
+    keys = write_keys(tmp_path / "keys.json", alice, bob)
+    with on_socket(tmp_path, api_keys_file=keys) as (server, _):
+        two: dict[str, Any] = {"best_of": 2, "do_sample": True}
+        never = server.generate(headers=alice.headers, best_of=4, do_sample=True)
+        said = "best_of: 4 sequences are more than this API key may have in flight; legal: up to 3"
+        assert (never.status_code, never.json()["error"]) == (422, said)
+        several = server.client.post("/v1/completions", json={"prompt": ["a"] * 4}, headers=alice.headers)
+        assert several.json()["error"]["param"] == "prompt"
+        answers: list[httpx.Response] = []
+        with server.engine.paused():
+            thread = threading.Thread(target=lambda: answers.append(server.generate(headers=alice.headers, **two)))
+            thread.start()
+            assert server.engine.wait_until(lambda stats: stats.running == 2)
+            refused = server.generate(headers=alice.headers, **two)
+            assert (refused.status_code, refused.json()["error_type"]) == (429, "rate_limited")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert server.client.get("/info", headers=alice.headers).status_code == 200
+            assert {each.tenant for each in server.engine.submitted} == {"alice"}
+        thread.join(20)
+        assert answers[0].status_code == 200
+        assert server.generate(headers=alice.headers, best_of=3, do_sample=True).status_code == 200

@@ -203,7 +203,7 @@ def test_nothing_stays_in_the_book(server: Server) -> None:
     server.generate(adapter_id="demo", max_new_tokens=5, best_of=13, do_sample=True)  # more than the engine takes
     assert server.engine.wait_until(lambda stats: not stats.running + stats.waiting)  # it gives up those it took
     book = server.services.auto_rank.book
-    assert (book.in_flight, book.adapters, book.context_tokens, book.remaining_tokens) == (0, 0, 0, 0)
+    assert (book.in_flight, book.adapters, book.context_tokens) == (0, 0, 0)
     assert not book.columns.any() and not book.row_ranks.any() and not book.requests
     assert server.metric("dylora_slo_total", policy="latency", met="false") == 1
 
@@ -261,3 +261,35 @@ def test_a_rank_that_was_named_and_those_of_several_answers_are_kept(tmp_path: P
     with stepping(tmp_path, lambda book: seen.append(len(book.movable))) as server:
         assert server.generate(adapter_id="demo", latency_slo_ms=LOOSE_MS, **more).status_code == 200
     assert set(seen) == {0}
+
+
+def test_a_request_of_several_sequences_is_predicted_to_take_what_all_of_them_take(tmp_path: Path) -> None:
+    with in_process(tmp_path, engine=FakeEngine(max_running=64)) as server:
+        server.services.auto_rank.model.adopt(known_statistics())
+
+        def predicted_ms(copies: int, **more: Any) -> float:
+            body = {"model": "demo", "prompt": "x", "max_tokens": 60, "n": copies, "ignore_eos": True, **more}
+            response = server.client.post("/v1/completions", json=body)
+            assert response.status_code == 200
+            return float(response.headers["x-predicted-latency-ms"])
+
+        for more in ({"latency_slo_ms": LOOSE_MS}, {"rank": 2}, {"model": "base"}):
+            assert predicted_ms(64, **more) > 1.5 * predicted_ms(1, **more)
+        assert server.services.auto_rank.book.in_flight == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_only_what_one_sequence_misses_is_learned_from(server: Server, count: int) -> None:
+    services, facts = server.services, server.services.registry.resolve("demo").facts
+    decision = RankDecision(4, RankReason.SLO, "latency", Slo(1), ladder=facts.ladder(1, 4))
+    late = Measurement(
+        services.auto_rank, services.metrics, slo=Slo(1), decision=decision, predicted=None, arrived_at=time.monotonic() - 10
+    )
+    sequences = [late.sequence("version", Ask(5, 2)) for _ in range(count)]
+    for each in sequences:
+        with each.in_flight():
+            pass
+        each.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.MIXED))
+        each.on_event(Finished("id", FinishReason.LENGTH, "x", Mode.MIXED, Usage(5, 1, 0.0, 0.1, 0.1)))
+    assert late.is_met is False
+    assert (services.auto_rank.safety.value > 1) is (count == 1)

@@ -1,10 +1,11 @@
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.core import Aborted, EngineStats, Mode, StepReport, Token, TokenEvent
+from service.core import Aborted, EngineStats, Finished, FinishReason, Mode, StepReport, Token, TokenEvent, Usage
 from service.engine.fake_engine import FakeEngine
 from service.http.generation.tracking import RequestTracker, TrackedRequest
 from service.http.limits import DrainRate
@@ -152,7 +153,7 @@ def test_ranks_are_bounded_too() -> None:
 
 def test_an_aborted_request_is_counted_with_what_it_made() -> None:
     metrics = Metrics()
-    tracker = RequestTracker(metrics, TrackedRequest("id", "a", 2, prompt_tokens=7), DrainRate())
+    tracker = RequestTracker(metrics, TrackedRequest("id", "a", 2, prompt_tokens=7), DrainRate(), arrived_at=0.0)
     tracker.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.MIXED, rank=2))
     tracker.on_event(Aborted("id"))
     labels = {"adapter": "a", "rank": "2", "mode": "mixed", "outcome": "aborted"}
@@ -164,3 +165,14 @@ def test_a_scrape_works_before_the_engine_starts() -> None:
     metrics = Metrics()
     metrics.watch(lambda: EngineStats(), lambda: {"ready": 0})
     assert b"dylora_kv_blocks" in metrics.exposition()
+
+
+def test_times_are_counted_from_the_arrival() -> None:
+    metrics = Metrics()
+    tracker = RequestTracker(metrics, TrackedRequest("id", "a", 2, prompt_tokens=7), DrainRate(), time.monotonic() - 10)
+    tracker.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.MIXED, rank=2))
+    tracker.on_event(Finished("id", FinishReason.LENGTH, "x", Mode.MIXED, Usage(7, 1, 0.0, 0.0, 0.0)))
+    labels = {"adapter": "a", "rank": "2"}
+    for name, of in (("time_to_first_token", labels), ("request", labels), ("queue", {})):
+        seconds = metrics.registry.get_sample_value(f"dylora_{name}_seconds_sum", of)
+        assert seconds is not None and seconds >= 10

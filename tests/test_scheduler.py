@@ -13,10 +13,14 @@ CHOICES = (None, AdapterChoice("a", 1, 1.0), AdapterChoice("a", 2, 1.0), Adapter
 
 
 def sequence(
-    prompt: int | tuple[int, ...], new: int, choice: AdapterChoice | None = None, group: str | None = None
+    prompt: int | tuple[int, ...],
+    new: int,
+    choice: AdapterChoice | None = None,
+    group: str | None = None,
+    tenant: str | None = None,
 ) -> Sequence:
     tokens = tuple(range(prompt)) if isinstance(prompt, int) else prompt
-    return Sequence(GenerationRequest("r", tokens, SamplingParams(max_new_tokens=new), choice, group))
+    return Sequence(GenerationRequest("r", tokens, SamplingParams(max_new_tokens=new), choice, group, tenant))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -234,13 +238,20 @@ def test_whose_prefill_others_wait_for_may_be_aborted() -> None:
     assert [(chunk.sequence, chunk.start, chunk.end) for chunk in chunks] == [(second, 24, 42)]
 
 
-def test_one_adapters_flood_delays_another_by_one_prompt() -> None:
+@pytest.mark.parametrize(
+    ("flooding", "other"),
+    [((CHOICES[1], None), (CHOICES[3], None)), ((None, "alice"), (None, "bob"))],
+    ids=["of an adapter", "of a tenant"],
+)
+def test_a_flood_delays_others_by_one_prompt(
+    flooding: tuple[AdapterChoice | None, str | None], other: tuple[AdapterChoice | None, str | None]
+) -> None:
     scheduler = Scheduler(BlockPool(1000, 4), max_running=1, max_batch_tokens=64)
-    flood = [sequence(40, 1, CHOICES[1]) for _ in range(20)]
+    flood = [sequence(40, 1, flooding[0], tenant=flooding[1]) for _ in range(20)]
     for each in flood:
         scheduler.add(each)
     admitted = []
-    late = sequence(40, 1, CHOICES[3])
+    late = sequence(40, 1, other[0], tenant=other[1])
     for number in range(6):
         if number == 3:
             scheduler.add(late)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from service.engine.text import TextStream
-from service.engine.vocabulary import Spelling, Vocabulary
+from service.engine.vocabulary import Spelling, Vocabulary, longest_token
 
 TEXT = "The quick brown fox — naïve café, 日本語のテキスト, and emoji 👩‍👩‍👧 😀 jump over  two   spaces\nand lines. " * 3
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "models"
@@ -174,3 +174,26 @@ def test_a_token_by_itself_has_its_spaces() -> None:
 )
 def test_decoders_of_another_kind_are_left_to_the_tokenizer(decoder: object) -> None:
     assert Spelling.of(json.loads(json.dumps(decoder))) is None
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@given(text=texts)
+def test_a_text_has_at_least_as_many_tokens_as_its_length_says(make: Callable[[], PreTrainedTokenizerFast], text: str) -> None:
+    tokenizer = make()
+    most = longest_token(tokenizer)
+    assert most is not None
+    for each in (text, 40 * " " + text, "<|added für dich|>" * 3, "e\u0301" * 9):
+        assert len(each) <= most * len(tokenizer.encode(each, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("name", ["words", "strips", "unknown"])
+def test_where_any_number_of_characters_may_vanish_the_length_says_nothing(name: str) -> None:
+    if name == "words":
+        assert longest_token(word_pieces()) is None
+        return
+    tokenizer = byte_level()
+    if name == "strips":
+        tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
+    else:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    assert longest_token(tokenizer) is None

@@ -34,7 +34,7 @@ from service.engine.readiness import make_ready
 from service.engine.runner import pack
 from service.engine.scheduler import Batch, Scheduler, Sequence
 from service.engine.ticket import Ticket
-from service.engine.vocabulary import Vocabulary
+from service.engine.vocabulary import Vocabulary, longest_token
 from service.errors import Draining, EngineDown, EngineFailed, InvalidRequest, QueueFull, UnknownAdapter
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Engine:
 
         # One limit for all who ask: what the model allows, and what the cache can hold of one request.
         context = min(loaded.max_context_tokens, self._pool.capacity_tokens)
-        self._facts = replace(ready.facts, max_context_tokens=context)
+        self._facts = replace(ready.facts, max_context_tokens=context, longest_token=longest_token(loaded.tokenizer))
         self._token_ids = range(len(loaded.model.get_input_embeddings().weight))
         self._lock = threading.Condition()  # guards the six below
         self._adapters: dict[str, Adapter] = {}
@@ -136,15 +136,15 @@ class Engine:
         """Token ids of a prompt, as the model's own tokenizer gives them."""
         return self._prompts.encode(text, with_special=with_special)
 
-    def encode_chat(
+    def chat_text(
         self, messages: Several[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation, by the tokenizer's chat template.
+    ) -> str:
+        """The prompt of a conversation, by the tokenizer's chat template.
 
         Raises:
             InvalidRequest: there is no chat template, or it refuses the conversation.
         """
-        return self._prompts.encode_chat(
+        return self._prompts.chat_text(
             messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
         )
 

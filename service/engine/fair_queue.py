@@ -1,6 +1,7 @@
-"""Who is admitted next: fair across adapters, in order of arrival within one."""
+"""Who is admitted next: fair across flows, in order of arrival within one."""
 
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeVar
@@ -27,7 +28,7 @@ class FairQueue(Generic[Item]):
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str | None, _Line[Item]] = {}
+        self._lines: dict[Hashable, _Line[Item]] = {}
         self._level = 0
         self._arrivals = 0
         self._length = 0
@@ -35,7 +36,7 @@ class FairQueue(Generic[Item]):
     def __len__(self) -> int:
         return self._length
 
-    def add(self, flow: str | None, item: Item) -> None:
+    def add(self, flow: Hashable, item: Item) -> None:
         """Put an item at the end of its flow's line."""
         line = self._lines.setdefault(flow, _Line(self._level))
         if not line.items:
@@ -67,7 +68,7 @@ class FairQueue(Generic[Item]):
         self._forget_idle()
         return item
 
-    def remove(self, flow: str | None, item: Item) -> None:
+    def remove(self, flow: Hashable, item: Item) -> None:
         """Remove an item, wherever it stands.
 
         Raises:
@@ -85,7 +86,7 @@ class FairQueue(Generic[Item]):
         """All that waits, in order of arrival."""
         return [item for _, item in sorted(chain(*(line.items for line in self._lines.values())), key=lambda each: each[0])]
 
-    def _next(self) -> str | None:
+    def _next(self) -> Hashable:
         waiting = [(line.given, line.items[0][0], flow) for flow, line in self._lines.items() if line.items]
         if not waiting:
             raise LookupError("nothing waits")

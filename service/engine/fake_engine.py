@@ -93,7 +93,7 @@ class FakeEngine:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._eos_after = eos_after
-        self._model = ModelFacts("fake", "fake", "float32", "cpu", 1000, 4000, EOS_ID + 1, max_context_tokens)
+        self._model = ModelFacts("fake", "fake", "float32", "cpu", 1000, 4000, EOS_ID + 1, max_context_tokens, longest_token=4)
         self._changed = threading.Condition()
         self._requests: dict[str, _Running] = {}
         self._aborting: set[str] = set()
@@ -138,16 +138,16 @@ class FakeEngine:
         """None: there is no model."""
         return {}
 
-    def encode_chat(
+    def chat_text(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
-    ) -> tuple[int, ...]:
+    ) -> str:
         """A line for each message, unless `has_chat_template` is false."""
         if not self.has_chat_template:
             raise InvalidRequest("messages", "this model has no chat template")
         text = "".join(f"{each['role']}: {each['content']}\n" for each in messages)
         if continue_final_message:
-            return self.encode(text.removesuffix("\n"))
-        return self.encode(text + ("assistant:" if add_generation_prompt else ""))
+            return text.removesuffix("\n")
+        return text + ("assistant:" if add_generation_prompt else "")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The bytes as text."""

@@ -18,10 +18,10 @@ class Prompts:
         """Token ids, with or without what the tokenizer puts around a text."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=with_special))
 
-    def encode_chat(
+    def chat_text(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation, by the chat template.
+    ) -> str:
+        """The prompt of a conversation, by the chat template.
 
         Raises:
             InvalidRequest: there is no chat template, or it refuses the conversation.
@@ -37,8 +37,7 @@ class Prompts:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest("messages", f"the model's chat template refuses them: {error}") from None
-        # The template has written what belongs around the text.
-        return self.encode(str(text), with_special=False)
+        return str(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, without the special ones."""

@@ -56,6 +56,11 @@ class Sequence:
             self.digests = []
 
     @property
+    def flow(self) -> tuple[str | None, str | None]:
+        """With whom it shares its turns in the queue: those of its tenant for its adapter."""
+        return self.request.tenant, self.version
+
+    @property
     def generated(self) -> int:
         """Number of tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt_ids)
@@ -147,11 +152,11 @@ class Scheduler:
     tokens dear, for as many steps as it has prompts.
 
     Admission is by space for the whole prompt, so a prefill that has begun never stops for want of memory. Who is next is
-    decided across adapters by the prompt tokens that each was given (see `FairQueue`). Nobody passes one for whom there is no
-    space yet, nor one whose next block a running sequence is about to compute: so several answers to one prompt take one
-    prefill, and since that uses up the budget of all its steps but the last, those behind lose at most a step. When a
-    generating sequence finds no free block, the one admitted last gives up its blocks and waits, before all others, to be
-    computed again: it loses time, never tokens.
+    decided across pairs of tenant and adapter by the prompt tokens that each was given (see `FairQueue`). Nobody passes one
+    for whom there is no space yet, nor one whose next block a running sequence is about to compute: so several answers to one
+    prompt take one prefill, and since that uses up the budget of all its steps but the last, those behind lose at most a step.
+    When a generating sequence finds no free block, the one admitted last gives up its blocks and waits, before all others, to
+    be computed again: it loses time, never tokens.
 
     Invariant: running sequences, followed by those preempted, stand in order of first admission. So the first is never
     preempted, and since `add` accepts only what fits the empty cache it always advances: nothing starves or turns in circles.
@@ -207,8 +212,8 @@ class Scheduler:
         return PrefixStats(self._hits, self._misses, self._pool.evictions, self._reused_tokens)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of its adapter's queue."""
-        self._queue.add(sequence.version, sequence)
+        """Put a sequence at the end of its flow's queue."""
+        self._queue.add(sequence.flow, sequence)
 
     def schedule(self) -> Batch | None:
         """Choose the next step's chunks and give them their blocks; None if there is nothing to do."""
@@ -239,7 +244,7 @@ class Scheduler:
         elif sequence in self._preempted:
             self._preempted.remove(sequence)
         else:
-            self._queue.remove(sequence.version, sequence)
+            self._queue.remove(sequence.flow, sequence)
         self._release(sequence)
 
     def sequences(self) -> list[Sequence]:

@@ -17,6 +17,8 @@ _PROBES = (
     " leading",
     "def f(x):\n    return [x] * 2 != '</b>'",
 )
+_MOST_COMPOSED = 4
+"""Characters that Unicode's canonical composition makes one of, at most."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -130,6 +132,61 @@ class Vocabulary:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         joined = b"".join(self.bytes_of(token) for token in ids if token not in self.special_ids).decode(errors="replace")
         return strip_start(joined, *self.spelling.strip)[0] == self.decode(ids)
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Characters of a text that one token stands for at most; None where some step of the tokenizer may drop any number.
+
+    So a text of n characters has at least n / longest_token tokens, which is known without tokenising it.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    steps = json.loads(backend.to_str())
+    if any(token["lstrip"] or token["rstrip"] for token in steps["added_tokens"]):
+        return None  # it takes the spaces beside it along
+    if not _has_every_byte(steps["model"], steps["pre_tokenizer"]):
+        return None  # a run of unknown characters may become one token, or none
+    if any(not _keeps_all(step) for step in _parts(steps["pre_tokenizer"], "pretokenizers")):
+        return None
+    shrinks = 1
+    for step in _parts(steps["normalizer"], "normalizers"):
+        match step:
+            case {"type": "Prepend"}:
+                pass
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if len(old) <= len(new):
+                pass
+            case {"type": "NFC"}:
+                shrinks = _MOST_COMPOSED
+            case _:
+                return None
+    return shrinks * max(map(len, tokenizer.get_vocab()))
+
+
+def _parts(step: Any, name: str) -> list[Any]:
+    """The steps of a sequence of them, which may be one or none."""
+    if step is None:
+        return []
+    return [each for part in step[name] for each in _parts(part, name)] if step["type"] == "Sequence" else [step]
+
+
+def _keeps_all(step: Any) -> bool:
+    match step:
+        case {"type": "ByteLevel" | "Metaspace" | "Digits"}:
+            return True
+        case {"type": "Split", "behavior": str(behavior)}:
+            return behavior != "Removed"
+        case _:
+            return False
+
+
+def _has_every_byte(model: Any, pre_tokenizer: Any) -> bool:
+    """Whether it is a BPE in which no character is unknown."""
+    if model["type"] != "BPE":
+        return False
+    if any(step["type"] == "ByteLevel" for step in _parts(pre_tokenizer, "pretokenizers")):
+        return all(character in model["vocab"] for character in _BYTE_OF)
+    return bool(model["byte_fallback"]) and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
 
 
 def strip_start(text: str, character: str, most: int) -> tuple[str, int]:

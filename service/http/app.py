@@ -19,7 +19,7 @@ from service.http.adapters.calibration import Calibrations
 from service.http.adapters.registry import AdapterRegistry
 from service.http.adapters.served_adapter import ServedAdapter
 from service.http.asgi.auth import Authentication
-from service.http.asgi.middleware import REQUEST_ID_HEADER, BodyLimit, HeadAsGet, RequestIds
+from service.http.asgi.middleware import REQUEST_ID_HEADER, BodyLimit, CutOff, HeadAsGet, RequestIds
 from service.http.asgi.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
 from service.http.asgi.request_log import RequestLog
 from service.http.asgi.request_spans import RequestSpans
@@ -87,6 +87,7 @@ def create_app(
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, tenants=tenants)
+    app.add_middleware(CutOff)
     app.add_middleware(RequestLog)
     if tracing is not None:
         app.add_middleware(RequestSpans, tracing=tracing)

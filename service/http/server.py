@@ -1,10 +1,12 @@
 """Runs the application under uvicorn, and ends it without dropping what runs."""
 
 import asyncio
+import math
 import os
 import signal
 import socket
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -15,7 +17,7 @@ from service.http.services import Services
 from service.log import entry, logger
 
 _CLOSE_CONNECTIONS_S = 5
-"""How long connections may take to read the rest of their answers once nothing is generated any more."""
+"""How long connections may take at least to read the rest of their answers once nothing is generated any more."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -70,11 +72,22 @@ class DrainingServer(uvicorn.Server):
 
     def _drain(self) -> None:
         logger.info(entry("draining", timeout_s=self._drain_timeout_s))
+        ends_at = time.monotonic() + self._drain_timeout_s
         self.all_ended = self._services.engine.drain(self._drain_timeout_s)
         if not self.all_ended:
             logger.warning("requests still ran at the end of the drain timeout and are failed")
             self._services.engine.stop()
+        # Uploads, exports and the rest of answers have what is left.
+        left_s = math.ceil(ends_at - time.monotonic())
+        self.config.timeout_graceful_shutdown = max(_CLOSE_CONNECTIONS_S, left_s)
         self.should_exit = True
+
+    async def _wait_tasks_to_complete(self) -> None:
+        try:
+            await super()._wait_tasks_to_complete()
+        except asyncio.CancelledError:  # the time is over
+            self.all_ended = False
+            raise
 
 
 def run(app: FastAPI, *, host: str, port: int, drain_timeout_s: float) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from service.errors import KeyOverLimit, NoKey, WrongScope
+from service.errors import InvalidRequest, KeyOverLimit, NoKey, WrongScope
 from service.http.limits import Clock, TokenBucket, whole_seconds
 from service.keys import ANYONE, ApiKey, KeyRing, KeysError, Scope, parse_keys, read_keys
 from service.log import entry, logger
@@ -28,6 +28,39 @@ class _Account:
         if self.bucket is None or self.bucket.per_minute != per_minute:
             self.bucket = TokenBucket(per_minute, clock)
         return self.bucket
+
+
+class Admission:
+    """One request of a key, and as how many it counts. Only touched from the event loop."""
+
+    def __init__(self, key: ApiKey, account: _Account | None = None) -> None:
+        self.key = key
+        self.counted = 1
+        self._account = account
+
+    def count(self, sequences: int, field: str) -> None:
+        """Count each of its sequences as a request in flight, until the whole request ends.
+
+        Args:
+            field: what asks for so many.
+
+        Raises:
+            InvalidRequest: the key may never have so many.
+            KeyOverLimit: they do not fit beside those that it has.
+        """
+        limit, account = self.key.max_in_flight, self._account
+        if account is None:
+            return
+        if limit is not None and sequences > limit:
+            message = f"{sequences} sequences are more than this API key may have in flight; legal: up to {limit}"
+            raise InvalidRequest(field, message)
+        others = account.in_flight - self.counted
+        if limit is not None and others + sequences > limit:
+            wait_s = account.mean_s * (others + sequences - limit) / others
+            what = f"{limit} requests in flight, where each of {sequences} sequences counts"
+            raise KeyOverLimit(what, whole_seconds(wait_s))
+        account.in_flight = others + sequences
+        self.counted = sequences
 
 
 class Tenants:
@@ -101,14 +134,14 @@ class Tenants:
         return key
 
     @contextmanager
-    def admitted(self, key: ApiKey) -> Iterator[None]:
+    def admitted(self, key: ApiKey) -> Iterator[Admission]:
         """Count one request of a key while the block runs.
 
         Raises:
             KeyOverLimit: it has too many in flight, or had too many in the last minute.
         """
         if not key.name:
-            yield
+            yield Admission(key)
             return
         account = self._accounts.setdefault(key.name, _Account())
         if key.max_in_flight is not None and account.in_flight >= key.max_in_flight:
@@ -119,11 +152,12 @@ class Tenants:
             if wait_s:
                 raise KeyOverLimit(f"{key.requests_per_minute} requests per minute", whole_seconds(wait_s))
         started_at = self._clock()
+        admission = Admission(key, account)
         account.in_flight += 1
         try:
-            yield
+            yield admission
         finally:
-            account.in_flight -= 1
+            account.in_flight -= admission.counted
             account.mean_s += _NEWEST_WEIGHT * (self._clock() - started_at - account.mean_s)
 
 

@@ -8,14 +8,14 @@ of all, at the ranks of the calm before it.
 
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 from service.core import AdapterChoice, Mode, StepReport
 from service.rank.ladder import LEVELS
 from service.rank.latency_model import LatencyModel
 from service.rank.latency_policy import Prediction
-from service.rank.load import LoadBook
+from service.rank.load import InFlight, LoadBook
 from service.rank.price import best_level
 from service.rank.prospect import Ask, EngineSizes, NotReady, Outlook, Prospect
 from service.rank.safety import SafetyFactor
@@ -106,26 +106,33 @@ class AutoRank:
         """Nothing: merges are made beside the steps, and slow those that they slow."""
 
     def predict(
-        self, version: str | None, ask: Ask, arrived_at: float, merged: Set[AdapterChoice] = frozenset()
+        self,
+        version: str | None,
+        ask: Ask,
+        arrived_at: float,
+        merged: Set[AdapterChoice] = frozenset(),
+        siblings: Sequence[InFlight] = (),
     ) -> Prediction | None:
         """What is predicted of a request for an adapter, None for the base; None while nothing can be.
 
         Args:
             arrived_at: moment of `clock`.
             merged: the pairs whose merged weights are held.
+            siblings: its other sequences, as they would be submitted with it; of several, the last one's times are predicted.
         """
         now = self.clock()
         with self.book.lock:
+            book = self.book.plus(siblings) if siblings else self.book
             try:
                 mode = Mode.MIXED if version is not None or self.book.adapters else Mode.BASE
-                mixed = self._prospect(mode, now, ask)
+                mixed = self._prospect(mode, now, ask, book)
                 ranks = self._merged_ranks(version, merged)
-                as_merged = self._prospect(Mode.MERGED, now, ask) if ranks else None
+                as_merged = self._prospect(Mode.MERGED, now, ask, book) if ranks else None
             except NotReady:
                 return None
             if not self.book.requests:
                 self.price.move(0, now)
-            elapsed_s, own = now - arrived_at, self.book.columns_of(version)
+            elapsed_s, own = now - arrived_at, book.columns_of(version)
             return Prediction(
                 Outlook(mixed, ask, own, elapsed_s),
                 self.price.now,
@@ -134,9 +141,12 @@ class AutoRank:
                 lambda: self._idle(mode, ask),
                 Outlook(as_merged, ask, own, elapsed_s) if as_merged else None,
                 ranks,
+                len(siblings),
             )
 
-    def _prospect(self, mode: Mode, now: float, ask: Ask | None = None) -> Prospect:
+    def _prospect(self, mode: Mode, now: float, ask: Ask | None = None, book: LoadBook | None = None) -> Prospect:
+        if book is not None and book is not self.book:
+            return Prospect(self.model, book, self.sizes, mode, now, ask.prompt_tokens if ask else 0)
         if self.book.decoding:
             known = self._prospects.get(mode)
             if known is None:

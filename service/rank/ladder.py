@@ -24,7 +24,9 @@ Floats = NDArray[np.float64]
 """One number for each price.  # [LEVELS]"""
 
 Ladder = tuple[int, ...]
-"""The rank to take at each of PRICES; never rises. Of a request that keeps its rank, and of the base (0), it is constant."""
+"""The rank to take at each of PRICES; never rises. Where the rank was named it is constant, and of the base 0; where a policy
+chose one to keep it is what the choice was made by, so that others like it are counted at the rank that each price gives them.
+"""
 
 
 def ladder(ranks: Sequence[int], quality: Mapping[int, float]) -> Ladder:
@@ -58,7 +60,7 @@ def kept_quality(steps: Ladder) -> Floats:
 
 
 def constant(rank: int) -> Ladder:
-    """Of a request that keeps its rank."""
+    """Of a request whose rank is the same at every price."""
     return _CONSTANT.setdefault(rank, (rank,) * LEVELS)
 
 

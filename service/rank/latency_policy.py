@@ -27,6 +27,7 @@ class Prediction:
         idle: its times if nothing else were in flight; None where they can't be predicted.
         merged: its times if its steps run with merged weights, which do not depend on the rank.
         merged_ranks: the ranks at which they would: merged already, and nothing else in flight.
+        siblings: how many sequences more it has, which count among those in flight of the two above.
     """
 
     mixed: Outlook
@@ -36,11 +37,12 @@ class Prediction:
     idle: Callable[[], Outlook | None]
     merged: Outlook | None = None
     merged_ranks: frozenset[int] = frozenset()
+    siblings: int = 0
 
     @property
     def in_flight(self) -> int:
         """Requests that it finds."""
-        return self.mixed.prospect.in_flight
+        return self.mixed.prospect.in_flight - self.siblings
 
     def at(self, rank: int, level: int | None = None) -> Times:
         """Its expected times at a rank, if the others have those of a price: the one of now unless given."""

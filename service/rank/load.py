@@ -1,9 +1,10 @@
 """What is in flight, as far as it tells how long the engine's next steps will take: sums that each event changes a little."""
 
+import copy
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -79,6 +80,11 @@ class _Users:
         self.ladders: Counter[Ladder] = Counter()
         self.columns = np.zeros(LEVELS)  # the largest rank among them, at each price
 
+    def copy(self) -> "_Users":
+        other = _Users()
+        other.ladders, other.columns = self.ladders.copy(), self.columns
+        return other
+
     def count(self, ladder: Ladder, one: int) -> None:
         self.ladders[ladder] += one
         if not self.ladders[ladder]:
@@ -95,7 +101,6 @@ class LoadBook:
         waiting: requests that have not: in the queue, or being read.
         waiting_prompt_tokens: prompt tokens of the waiting.
         context_tokens: tokens, prompts included, of the decoding.
-        remaining_tokens: the most that all may still make.
         columns: adapter columns that all would use at each price: the sum over adapters of the largest rank.
         row_ranks: sum of the ranks of all at each price.
         requests: all in flight, in the order in which they came.
@@ -105,7 +110,7 @@ class LoadBook:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.decoding = self.waiting = self.waiting_prompt_tokens = 0
-        self.context_tokens = self.remaining_tokens = self.judged = 0
+        self.context_tokens = self.judged = 0
         self.columns, self.row_ranks = np.zeros(LEVELS), np.zeros(LEVELS)
         self.requests: dict[InFlight, None] = {}
         self._users: dict[str | None, _Users] = {}
@@ -148,11 +153,17 @@ class LoadBook:
             self._prompt_tokens_per_s = fade * self._prompt_tokens_per_s + request.prompt_tokens / TRAFFIC_S
             self._mean_ranks += max(0.1, 1 - fade) * (np.array(request.ladder) - self._mean_ranks)
             self._arrived_at = now
-            self.waiting += 1
-            self.waiting_prompt_tokens += request.prompt_tokens
-            self.remaining_tokens += request.new_tokens
-            self._count(request, 1)
-            self.requests[request] = None
+            self._enter(request)
+
+    def plus(self, requests: Iterable[InFlight]) -> "LoadBook":
+        """What it would be if some requests more had just been submitted, which this one never hears of. Hold `lock`."""
+        other = copy.copy(self)
+        other.columns, other.row_ranks = self.columns.copy(), self.row_ranks.copy()
+        other.requests, other._ranks = dict(self.requests), self._ranks.copy()
+        other._users = {version: users.copy() for version, users in self._users.items()}
+        for request in requests:
+            other._enter(request)
+        return other
 
     def token(self, request: InFlight) -> None:
         """It made a token."""
@@ -164,7 +175,6 @@ class LoadBook:
                 self.context_tokens += request.prompt_tokens
             request.generated += 1
             self.context_tokens += 1
-            self.remaining_tokens -= 1
 
     def remove(self, request: InFlight) -> None:
         """It ended, in whichever way."""
@@ -175,7 +185,6 @@ class LoadBook:
             else:
                 self.waiting -= 1
                 self.waiting_prompt_tokens -= request.prompt_tokens
-            self.remaining_tokens -= request.new_tokens - request.generated
             self._count(request, -1)
             del self.requests[request]
 
@@ -198,6 +207,12 @@ class LoadBook:
 
     def _fade(self, now: float) -> float:
         return 1.0 if self._arrived_at is None else math.exp(-max(0.0, now - self._arrived_at) / TRAFFIC_S)
+
+    def _enter(self, request: InFlight) -> None:
+        self.waiting += 1
+        self.waiting_prompt_tokens += request.prompt_tokens
+        self._count(request, 1)
+        self.requests[request] = None
 
     def _count(self, request: InFlight, one: int) -> None:
         self.judged += one * request.has_objectives

@@ -32,8 +32,8 @@ class Authentication:
             return
         try:
             caller = self._caller(scope)
-            scope.setdefault("state", {})["caller"] = caller
-            with self._tenants.admitted(caller):
+            with self._tenants.admitted(caller) as admission:
+                scope.setdefault("state", {}).update(caller=caller, admission=admission)
                 await self._app(scope, receive, send)
         except (NoKey, KeyOverLimit) as error:
             await refuse_error(scope, error)(scope, receive, send)

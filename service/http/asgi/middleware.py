@@ -43,6 +43,33 @@ class RequestIds:
         await self._app(scope, receive, send_with_id)
 
 
+class CutOff:
+    """Says so to a client whose request the end of a drain cuts off. Nothing else cancels a request as a whole."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        has_begun = False
+
+        async def send_noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if not has_begun:
+                message = "the server is shutting down, and the request was not complete in time"
+                await refuse(scope, ErrorKind(503, "unavailable"), message, {**_CLOSE, "Retry-After": "1"})(
+                    scope, receive, send
+                )
+
+
 class HeadAsGet:
     """Answers HEAD wherever GET is answered, by the same headers; the connection leaves the body out. Innermost."""
 

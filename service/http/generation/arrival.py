@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from service.errors import DeadlinePassed
 from service.http.limits import time_limit_s
+from service.http.tenants import Admission
 from service.keys import ApiKey
 
 
@@ -17,6 +18,7 @@ class Arrival:
         headers: names in lower case.
         request_id: as the client sees it.
         caller: whose key it came with.
+        admission: what it counts as, of what the key may have in flight.
         arrived_at: moment on the event loop's clock.
         is_streamed: tokens are sent as they are made, so that a client may fall behind.
     """
@@ -24,6 +26,7 @@ class Arrival:
     headers: Mapping[str, str]
     request_id: str
     caller: ApiKey
+    admission: Admission
     arrived_at: float
     is_streamed: bool = False
 

@@ -12,6 +12,9 @@ from service.http.generation.selection import Selection
 from service.http.metrics import BASE_LABEL
 from service.http.services import Services
 from service.keys import ApiKey
+from service.rank.ladder import constant
+from service.rank.latency_policy import Prediction
+from service.rank.load import InFlight
 from service.rank.prospect import Ask
 from service.rank.rank_policy import RankDecision, decide
 from service.slo import Slo, Times
@@ -61,7 +64,7 @@ def ask_of(prompt_tokens: int, sampling: SamplingParams) -> Ask:
     return Ask(prompt_tokens, most, max(1, sampling.min_new_tokens) if can_end_early else most)
 
 
-def largest(asks: Sequence[Ask]) -> Ask:
+def _largest(asks: Sequence[Ask]) -> Ask:
     """One that takes as long as any of a request's sequences, of which there is at least one."""
     return Ask(
         max(each.prompt_tokens for each in asks),
@@ -70,11 +73,13 @@ def largest(asks: Sequence[Ask]) -> Ask:
     )
 
 
-def choose(services: Services, selection: Selection, caller: ApiKey, ask: Ask | None = None, arrived_at: float = 0.0) -> Choice:
+def choose(
+    services: Services, selection: Selection, caller: ApiKey, asks: Sequence[Ask] = (), arrived_at: float = 0.0
+) -> Choice:
     """Look the adapter up and decide on its rank.
 
     Args:
-        ask: the work; None while the prompt is not tokenised, when only the names and the rank can be checked.
+        asks: the work of each sequence; none while the prompt is not tokenised, when only names and rank can be checked.
         arrived_at: moment of `time.monotonic`.
 
     Raises:
@@ -83,27 +88,42 @@ def choose(services: Services, selection: Selection, caller: ApiKey, ask: Ask | 
         SloUnattainable: counted already.
     """
     try:
-        return _choose(services, selection, caller, ask, arrived_at)
+        return _choose(services, selection, caller, asks, arrived_at)
     except SloUnattainable as error:
         services.metrics.slo(error.policy, "refused")
         raise
 
 
-def _choose(services: Services, selection: Selection, caller: ApiKey, ask: Ask | None, arrived_at: float) -> Choice:
+def _choose(services: Services, selection: Selection, caller: ApiKey, asks: Sequence[Ask], arrived_at: float) -> Choice:
     adapter = None if selection.adapter is None else services.registry.resolve(selection.adapter, caller.name)
+
+    def decided(prediction: Prediction | None) -> RankDecision | None:
+        if adapter is None:
+            return None
+        policies = services.policies.with_default(caller.rank_policy or services.settings.adapter_policies.get(adapter.name))
+        return decide(
+            selection.rank, selection.policy, adapter.facts, policies, caller.bounds, slo=selection.slo, prediction=prediction
+        )
+
     version = adapter.version if adapter else None
     prediction = None
-    if ask is not None:
-        prediction = services.auto_rank.predict(version, ask, arrived_at, services.engine.stats().merged_choices)
-    if adapter is None:
-        if prediction is not None:
-            prediction.check_possible(selection.slo, 0, BASE_LABEL)
-        return Choice(None, None, selection.slo, prediction.at(0) if prediction else None)
-    policies = services.policies.with_default(caller.rank_policy or services.settings.adapter_policies.get(adapter.name))
-    decision = decide(
-        selection.rank, selection.policy, adapter.facts, policies, caller.bounds, slo=selection.slo, prediction=prediction
-    )
-    return Choice(adapter, decision, decision.slo, decision.predicted)
+    if asks:
+        # The others' ranks follow from the same decision: as far as it does not depend on what is predicted.
+        siblings = _siblings(version, decided(None), asks[1:]) if len(asks) > 1 else ()
+        merged = services.engine.stats().merged_choices
+        prediction = services.auto_rank.predict(version, _largest(asks), arrived_at, merged, siblings)
+    decision = decided(prediction)
+    if decision is not None:
+        return Choice(adapter, decision, decision.slo, decision.predicted)
+    if prediction is not None:
+        prediction.check_possible(selection.slo, 0, BASE_LABEL)
+    return Choice(None, None, selection.slo, prediction.at(0) if prediction else None)
+
+
+def _siblings(version: str | None, decision: RankDecision | None, asks: Sequence[Ask]) -> list[InFlight]:
+    """A request's other sequences, as they will be in the book."""
+    ladder = decision.ladder if decision else constant(0)
+    return [InFlight(version, ladder, ladder[0], each.prompt_tokens, each.new_tokens) for each in asks]
 
 
 def monotonic_of(loop_time: float, loop_now: float) -> float:

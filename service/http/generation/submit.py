@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
 
 from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams, TokenEvent
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.adapters.served_adapter import ServedAdapter
-from service.http.generation.arrival import Arrival
-from service.http.generation.choice import Choice, ask_of, choose, largest, monotonic_of
+from service.http.generation.arrival import Arrival, Deadline
+from service.http.generation.choice import Choice, ask_of, choose, monotonic_of
 from service.http.generation.fan_out import FanOut, sequence_seed
 from service.http.generation.measurement import Measurement, SequenceMeasurement
 from service.http.generation.selection import select
@@ -23,6 +23,7 @@ from service.http.generation.tracking import RequestTracker, TrackedRequest
 from service.http.latencies import Latencies
 from service.http.services import Services
 from service.http.shadow import Followed
+from service.rank.prospect import Ask
 from service.rank.rank_policy import RankDecision, RankWish
 from service.slo import NO_SLO, Slo
 
@@ -32,6 +33,8 @@ _SUBMIT_TRIES = 3
 _tokenizer_thread = CapacityLimiter(1)
 
 Made = TypeVar("Made")
+Prompts = tuple[tuple[int, ...], ...]
+"""Token ids of each."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Task:
 
     Attributes:
         adapter, rank, policy: as the body names them; `select` joins them with the headers.
-        encode: token ids of each prompt. Called in a thread.
+        encode: token ids of each prompt. Called in a thread. Raises InvalidRequest.
         sampling: what the engine is to be told of a prompt of so many tokens. Raises InvalidRequest.
-        copies: how many sequences to make of each prompt.
+        prompts, copies: how many prompts there are, and how many sequences to make of each.
         slo: its latency objectives, perhaps none.
         adapter_field, copies_field: what the schema calls them, for errors; how_to_sample: what it takes to draw tokens.
     """
@@ -50,8 +53,9 @@ class Task:
     adapter: str | None
     rank: RankWish
     policy: str | None
-    encode: Callable[[EngineProtocol], tuple[tuple[int, ...], ...]]
+    encode: Callable[[EngineProtocol, TokenLimits], Prompts]
     sampling: Callable[[int, TokenLimits], SamplingParams]
+    prompts: int = 1
     copies: int = 1
     slo: Slo = NO_SLO
     adapter_field: str = "adapter_id"
@@ -87,7 +91,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
 
     Raises:
         InvalidRequest, IllegalRank, UnknownAdapter, AdapterUnfit: the request can't be served as it stands.
-        NotReady, QueueFull, Draining, EngineDown: not now.
+        NotReady, QueueFull, Draining, EngineDown, KeyOverLimit: not now.
         DeadlinePassed: too late already.
         SloUnattainable: its latency objectives can't be met.
     """
@@ -97,13 +101,14 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     headers, default = arrival.headers, caller.default_adapter
     selection = select(task.adapter, task.rank, task.policy, headers, default, field=task.adapter_field, slo=task.slo)
     choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
-    prompts = await tokenizing(task.encode, services.engine)
+    arrival.admission.count(task.prompts * task.copies, task.copies_field if task.prompts == 1 else "prompt")
     limits = TokenLimits.of(settings, services.engine.model)
+    prompts = await _tokenized(task, services.engine, limits, deadline)
     asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
     arrived_at = monotonic_of(arrival.arrived_at, asyncio.get_running_loop().time())
     deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):
-        choice = choose(services, selection, caller, largest([ask_of(len(prompt), each) for prompt, each in asked]), arrived_at)
+        choice = choose(services, selection, caller, _asks(asked, task.copies), arrived_at)
         measurement = choice.measurement(services, arrived_at)
         sequences = _fan_out(services, asked, arrival, choice, measurement)
         try:
@@ -118,6 +123,12 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
         services.metrics.decided(choice.decision)
     samplings = tuple(sampling for _, sampling in asked)
     return Submitted(sequences, prompts, samplings, choice.adapter, choice.decision, measurement)
+
+
+async def _tokenized(task: Task, engine: EngineProtocol, limits: TokenLimits, deadline: Deadline) -> Prompts:
+    with CancelScope(deadline=deadline.at):  # ends the wait for the others' texts; the own one, once begun, is read to its end
+        return await tokenizing(lambda each: task.encode(each, limits), engine)
+    raise deadline.error()
 
 
 async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol) -> Made:
@@ -141,6 +152,11 @@ def _remembering(on_event: EventSink, latencies: Latencies, request: TrackedRequ
             latencies.add(adapter, request.rank, event.usage)
 
     return hear
+
+
+def _asks(asked: Sequence[tuple[tuple[int, ...], SamplingParams]], copies: int) -> list[Ask]:
+    """The work of each sequence. The engine reads a prompt once for all of its copies, but for its last tokens."""
+    return [ask_of(1 if number % copies else len(prompt), sampling) for number, (prompt, sampling) in enumerate(asked)]
 
 
 def _copies(sampling: SamplingParams, task: Task) -> tuple[SamplingParams, ...]:
@@ -170,8 +186,8 @@ def _fan_out(
     streams = []
     for prompt_ids, sampling in asked:
         tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
-        tracker = RequestTracker(services.metrics, tracked, services.drain_rate)
-        request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group)
+        tracker = RequestTracker(services.metrics, tracked, services.drain_rate, measurement.arrived_at)
+        request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group, arrival.caller.name or None)
         change = _changing(services.engine, request.request_id, chosen.adapter) if is_alone else None
         measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling), change)
         followed = services.shadow.follow(adapter, prompt_ids, choice, full)

@@ -30,14 +30,19 @@ class TrackedRequest:
 
 
 class RequestTracker:
-    """Follows one request from the engine's thread."""
+    """Follows one request from the engine's thread, from its submission on.
 
-    def __init__(self, metrics: Metrics, request: TrackedRequest, drain_rate: DrainRate) -> None:
+    Args:
+        arrived_at: moment of `time.monotonic`, from which the metrics count.
+    """
+
+    def __init__(self, metrics: Metrics, request: TrackedRequest, drain_rate: DrainRate, arrived_at: float) -> None:
         self._metrics = metrics
         self._drain_rate = drain_rate
         self._request = request
         self._trace = current_trace()
-        self._started_at = time.perf_counter()
+        self._arrived_at = arrived_at
+        self._started_at = time.monotonic()
         self._first_token_at: float | None = None
         self._last_token_at: float | None = None
         self._tokens = 0
@@ -53,7 +58,9 @@ class RequestTracker:
                 self._mode = event.mode.value
                 usage = event.usage
                 self._drain_rate.ended(usage.total_s - usage.queue_s)
-                self._metrics.completed(self._request.adapter, self._rank, total_s=usage.total_s, queue_s=usage.queue_s)
+                before_s = self._started_at - self._arrived_at
+                total_s, queue_s = before_s + usage.total_s, before_s + usage.queue_s
+                self._metrics.completed(self._request.adapter, self._rank, total_s=total_s, queue_s=queue_s)
                 self._end("ok", finished=event)
             case Aborted():
                 self._end("aborted")
@@ -65,14 +72,14 @@ class RequestTracker:
                 self._end("failed", error=str(event.error))
 
     def _on_token(self, event: TokenEvent) -> None:
-        now = time.perf_counter()
+        now = time.monotonic()
         adapter, rank = self._request.adapter, event.rank
         if rank != self._rank:
             self._metrics.rank_changed(self._rank, rank)
             self._rank = rank
         if self._last_token_at is None:
             self._first_token_at = now
-            self._metrics.first_token(adapter, rank, now - self._started_at)
+            self._metrics.first_token(adapter, rank, now - self._arrived_at)
         else:
             self._metrics.token_gap(adapter, rank, now - self._last_token_at)
         self._last_token_at = now
@@ -81,7 +88,7 @@ class RequestTracker:
 
     def _end(self, outcome: str, error: str | None = None, finished: Finished | None = None) -> None:
         request = self._request
-        seconds = time.perf_counter() - self._started_at
+        seconds = time.monotonic() - self._started_at
         self._metrics.ended(request.adapter, self._rank, self._mode, outcome)
         self._metrics.tokens(prompt=request.prompt_tokens, generated=self._tokens)
         line = entry(

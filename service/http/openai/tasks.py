@@ -2,6 +2,7 @@
 
 from service.core import EngineProtocol, SamplingParams
 from service.errors import InvalidRequest
+from service.http.generation.prompt_length import check_length
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
 from service.http.openai.schemas import (
@@ -32,7 +33,10 @@ def completion_task(body: CompletionRequest, base: str) -> Task:
     # A generation makes a token at least; where none is asked for, it is made and not told.
     asked = max(body.max_tokens, 1) if body.max_tokens is not None else None
 
-    def encode(engine: EngineProtocol) -> tuple[tuple[int, ...], ...]:
+    def encode(engine: EngineProtocol, limits: TokenLimits) -> tuple[tuple[int, ...], ...]:
+        for prompt in body.prompt:
+            if isinstance(prompt, str) and not body.truncate_prompt_tokens:
+                check_length(prompt, engine.model, limits, _COMPLETION_FIELDS)
         prompts = (_prompt_ids(engine, prompt, with_special=body.add_special_tokens) for prompt in body.prompt)
         return tuple(_truncated(body, ids) for ids in prompts)
 
@@ -47,6 +51,7 @@ def completion_task(body: CompletionRequest, base: str) -> Task:
         policy=body.rank_policy,
         encode=encode,
         sampling=sampling,
+        prompts=len(body.prompt),
         copies=body.drawn,
         slo=body.slo,
         adapter_field="model",
@@ -63,13 +68,15 @@ def chat_task(body: ChatRequest, base: str) -> Task:
     """
     _check_chat(body)
 
-    def encode(engine: EngineProtocol) -> tuple[tuple[int, ...], ...]:
-        ids = engine.encode_chat(
+    def encode(engine: EngineProtocol, limits: TokenLimits) -> tuple[tuple[int, ...], ...]:
+        text = engine.chat_text(
             [message.for_template() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
         )
-        return (_truncated(body, ids),)
+        if not body.truncate_prompt_tokens:
+            check_length(text, engine.model, limits, _CHAT_FIELDS)
+        return (_truncated(body, engine.encode(text, with_special=False)),)
 
     def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:
         new_tokens = limits.new_tokens(prompt_tokens, body.most_tokens, None, body.min_tokens or 0, _CHAT_FIELDS)

@@ -72,7 +72,7 @@ ONLY_KNOWN_QUERIES: params.Depends = Depends(_only_known_queries)
 def arrival_of(request: Request, *, is_streamed: bool) -> Arrival:
     """What a generating request brings along beside its body."""
     state = request.state
-    return Arrival(request.headers, state.request_id, state.caller, state.arrived_at, is_streamed)
+    return Arrival(request.headers, state.request_id, state.caller, state.admission, state.arrived_at, is_streamed)
 
 
 _MEANINGS = {

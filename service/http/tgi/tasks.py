@@ -3,6 +3,7 @@
 import secrets
 
 from service.core import EngineProtocol, SamplingParams
+from service.http.generation.prompt_length import check_length
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
 from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
@@ -16,9 +17,11 @@ def generate_task(body: GenerateRequest) -> Task:
     """The task of a checked body."""
     parameters = body.parameters
 
-    def encode(engine: EngineProtocol) -> tuple[tuple[int, ...], ...]:
-        prompt_ids = engine.encode(body.inputs)
-        return (prompt_ids[-parameters.truncate :] if parameters.truncate else prompt_ids,)
+    def encode(engine: EngineProtocol, limits: TokenLimits) -> tuple[tuple[int, ...], ...]:
+        if parameters.truncate:
+            return (engine.encode(body.inputs)[-parameters.truncate :],)
+        check_length(body.inputs, engine.model, limits, FIELDS)
+        return (engine.encode(body.inputs),)
 
     def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:
         least = parameters.min_new_tokens or 0
