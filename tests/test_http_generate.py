@@ -374,6 +374,16 @@ def test_after_all_bad_requests_the_server_still_answers(server: Server) -> None
 def test_all_offenders_are_listed(server: Server) -> None:
     error = server.generate("", top_k=0, watermark=True).json()["error"]
     assert all(name in error for name in ("inputs", "top_k", "watermark"))
+    parameters: dict[str, Any] = {f"x{number}": 1 for number in range(25)}
+    many = server.generate(**parameters).json()["error"]
+    assert many == "; ".join([*(f"x{number}: no such field" for number in range(10)), "and 15 more"])
+
+
+@pytest.mark.parametrize("parameters", [{"x" * 10**6: 1}, {"stop": "x" * 10**6}, {"seed": [[["x" * 9] * 99] * 99] * 9}])
+def test_an_offender_is_not_told_at_length(server: Server, parameters: dict[str, Any]) -> None:
+    response = server.generate(**parameters)
+    assert response.status_code == 422
+    assert len(response.text) < 400
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from service.core import SamplingParams
 from service.engine.fake_engine import FakeEngine
@@ -387,6 +388,26 @@ def test_what_a_chat_can_not_have_is_refused_by_its_name(server: Server, fields:
         "/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"}
     )
     assert said in refused(response, param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"a": 1}] * 100_000},
+        {"messages": [{"role": "user", "content": [{"a": 1}] * 100_000}]},
+        {"messages": [{**HELLO[0], **{f"x{number}": 1 for number in range(100_000)}}]},
+        {f"x{number}": 1 for number in range(100_000)},
+        {"logit_bias": {f"x{number}": 1 for number in range(100_000)}},
+        {"metadata": {f"x{number}": 1 for number in range(100_000)}},
+        {"stop": [1] * 100_000},
+        {"stop_token_ids": ["x"] * 100_000},
+    ],
+    ids=["messages", "parts", "fields of a message", "fields", "biases", "labels", "stops", "stop tokens"],
+)
+def test_no_body_makes_a_list_of_findings_as_long_as_itself(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"messages": HELLO, **fields})
+    assert caught.value.error_count() < 20
 
 
 def test_other_errors_come_in_openais_form_too(server: Server) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from anyio import to_thread
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from service.errors import InvalidRequest
 from service.http.adapters.changes import delete_adapter, put_adapter
@@ -22,7 +22,7 @@ from service.http.routes.common import (
     openai_errors,
     plain_text,
 )
-from service.http.schemas import Name, Switch, Text
+from service.http.schemas import Body, Name, Switch, Text
 from service.keys import Scope
 
 router = APIRouter(
@@ -37,12 +37,10 @@ _DONE = plain_text("What vLLM says.")
 LoraName = Annotated[Name, Field(description=ADAPTER_NAME, json_schema_extra=NAME_SCHEMA)]
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(Body):
     """A folder with a PEFT checkpoint, and what it shall be called."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"lora_name": "mine", "lora_path": "mine-checkpoint"}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "mine", "lora_path": "mine-checkpoint"}]})
 
     lora_name: LoraName
     lora_path: Annotated[Text, Field(max_length=4096)] = Field(
@@ -52,10 +50,10 @@ class LoadRequest(BaseModel):
     base_model_name: Annotated[Any, NotServed(instead="the adapter must fit the model that is served")] = None
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Body):
     """The adapter that shall go."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"lora_name": "mine"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "mine"}]})
 
     lora_name: LoraName
     lora_int_id: Annotated[Any, NotServed()] = None
