@@ -5,7 +5,7 @@ ServiceError
 ├── UnsupportedUpload     an upload that is neither multipart nor a zip
 ├── UnknownAdapter        the request names an adapter that is not loaded
 ├── AdapterUnfit          the request names an adapter that is stored but does not fit the base model
-├── NameTaken             a private upload under the name of a shared adapter
+├── NameTaken             a change to a shared adapter, by a key whose uploads are private
 ├── NoKey                 no API key, or one that is not valid
 ├── WrongScope            the API key is not meant for this
 ├── KeyOverLimit          the API key is over its requests in flight or per minute
@@ -65,10 +65,13 @@ class AdapterUnfit(ServiceError):
 
 
 class NameTaken(ServiceError):
-    """An upload that shall be private, under the name of an adapter that others use."""
+    """A change to an adapter that others use, by an API key whose uploads are private."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{name[:80]!r} is a shared adapter, and uploads by this API key are private; choose another name")
+        super().__init__(
+            f"{name[:80]!r} is a shared adapter, and uploads by this API key are private: it changes its own only; to upload, "
+            "choose another name"
+        )
 
 
 class NoKey(ServiceError):

@@ -21,6 +21,7 @@ from adapters.store.stored import StoredAdapter, check_name
 from service.core import EngineProtocol
 from service.errors import AdapterUnfit, NameTaken, NotReady, UnknownAdapter
 from service.http.adapters.served_adapter import AdapterState, ServedAdapter
+from service.keys import ANYONE, ApiKey
 from service.rank.rank_policy import RankFacts
 
 RESERVED_NAMES = ("other",)
@@ -126,12 +127,12 @@ class AdapterRegistry:
         self._is_loaded.set()
 
     @contextmanager
-    def writing(self, name: str, viewer: str = "") -> Iterator[None]:
-        """Claim a name for one upload or deletion, from its first byte on.
+    def writing(self, name: str, caller: ApiKey = ANYONE) -> Iterator[None]:
+        """Claim a name for one change, of an upload from its first byte on.
 
         Raises:
             InvalidName: not a legal name, or the base model's.
-            UnknownAdapter: the name is another's.
+            UnknownAdapter, NameTaken: as `check_may_change`.
             AdapterBusy: another one is under way.
             NotReady: the store is still being loaded.
         """
@@ -141,7 +142,7 @@ class AdapterRegistry:
         if not self.is_loaded:
             raise NotReady
         with self._names_lock:
-            self._check_not_anothers(name, viewer)
+            self.check_may_change(name, caller)
             if name in self._writing:
                 raise AdapterBusy(name)
             self._writing.add(name)
@@ -151,10 +152,19 @@ class AdapterRegistry:
             with self._names_lock:
                 self._writing.discard(name)
 
-    def check_may_own(self, name: str) -> None:
-        """Raise NameTaken if a private upload of this name would be seen by all, because the name is a shared adapter's."""
+    def check_may_change(self, name: str, caller: ApiKey) -> None:
+        """Whether what is there, if anything, may be replaced, deleted or measured anew by a caller.
+
+        Raises:
+            UnknownAdapter: it is another's.
+            NameTaken: it is shared, and the caller has adapters of its own only.
+        """
         served = self._served.get(name)
-        if served is not None and served.owner is None:
+        if served is None:
+            return
+        if not served.is_visible_to(caller.name):
+            raise UnknownAdapter(name)
+        if caller.private_uploads and served.owner is None:
             raise NameTaken(name)
 
     def put(self, name: str, folder: Path, *, renest: bool = True, owner: str | None = None) -> tuple[ServedAdapter, bool]:
@@ -260,11 +270,6 @@ class AdapterRegistry:
             return ServedAdapter(stored.name, stored, AdapterState.UNFIT, facts, str(error), stored.owner)
         self._observer.adapter_loaded(stored.name, stored.quality, time.perf_counter() - started_at)
         return ServedAdapter.ready(stored, adapter, self._engine.model.parameters)
-
-    def _check_not_anothers(self, name: str, viewer: str) -> None:
-        served = self._served.get(name)
-        if served is not None and not served.is_visible_to(viewer):
-            raise UnknownAdapter(name)
 
     def _serve(self, served: ServedAdapter) -> None:
         old = self._served.get(served.name)

@@ -80,7 +80,7 @@ _MEANINGS = {
     403: "The API key lacks the scope.",
     404: "No adapter of that name.",
     408: "The body came too slowly.",
-    409: "The name is in use by another upload, or by an adapter that is shared.",
+    409: "The name is in use by another upload, or by an adapter that is shared and that the API key may not change.",
     413: "The body is too large.",
     415: "Neither multipart nor zip.",
     422: "Invalid; the message names every offender and what would be legal.",

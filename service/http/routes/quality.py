@@ -152,7 +152,7 @@ async def calibrate(
         served.choice(rank)
     texts = await tokenizing(partial(_measured_texts, body.examples), services.engine)
     source = body.source or f"calibration on {len(texts)} texts, {datetime.now(UTC):%Y-%m-%d}"
-    job = services.calibrations.start(name, ranks, texts, source, caller.name)
+    job = services.calibrations.start(name, ranks, texts, source, caller)
     response.headers["Location"] = f"/adapters/{name}/calibration/{job.id}"
     return _out(job)
 
@@ -166,12 +166,13 @@ async def calibration(
     return _out(services.calibrations.get(name, job))
 
 
-@router.delete("/{name}/calibration/{job}", dependencies=[needs(Scope.ADAPTERS_WRITE)])
+@router.delete("/{name}/calibration/{job}", dependencies=[needs(Scope.ADAPTERS_WRITE)], responses=errors(409))
 async def cancel_calibration(
     name: AdapterName, job: Annotated[str, Path(max_length=64)], services: TheServices, caller: TheCaller
 ) -> JobOut:
     """End a calibration, and how it ended: one that was over before stays as it was. The quality profile is left as it is."""
     services.registry.get(name, caller.name)
+    services.registry.check_may_change(name, caller)
     found = services.calibrations.get(name, job)
     await services.calibrations.cancel(found)
     return _out(found)

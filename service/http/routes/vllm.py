@@ -65,9 +65,7 @@ async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: Th
     services.check_accepting()
     registry, settings, name = services.registry, services.settings, body.lora_name
     owner = caller.name if caller.private_uploads else None
-    with registry.writing(name, caller.name), registry.new_upload() as folder:
-        if owner is not None:
-            registry.check_may_own(name)
+    with registry.writing(name, caller), registry.new_upload() as folder:
         if not body.load_inplace and registry.holds(name):
             raise InvalidRequest("lora_name", f"{name!r} is loaded already; set load_inplace to replace it")
         copy = partial(copy_from, settings.lora_load_dir, body.lora_path, folder, max_bytes=settings.max_adapter_bytes)
@@ -79,5 +77,5 @@ async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: Th
 @router.post("/unload_lora_adapter", response_model=None, responses=_DONE)
 async def unload_lora_adapter(body: UnloadRequest, services: TheServices, caller: TheCaller) -> PlainTextResponse:
     """Delete an adapter, as DELETE /adapters/{id} does."""
-    await delete_adapter(services, body.lora_name, caller.name)
+    await delete_adapter(services, body.lora_name, caller)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
