@@ -434,10 +434,20 @@ def test_models_are_the_base_and_the_adapters(server: Server) -> None:
     assert "'x' is no rank" in refused(server.client.get("/v1/models/demo@x"), "model")
 
 
-def test_no_adapter_takes_the_base_models_name(server: Server) -> None:
-    response = server.client.put("/adapters/fake", content=b"", headers={"Content-Type": "application/zip"})
+@pytest.mark.parametrize("name", ["fake", "dummy", "tgi", "other"])
+def test_no_adapter_takes_a_name_that_means_something_else(server: Server, name: str) -> None:
+    response = server.client.put(f"/adapters/{name}", content=b"", headers={"Content-Type": "application/zip"})
     assert response.status_code == 422
     assert "reserved" in response.json()["error"]
+
+
+def test_an_adapter_that_has_such_a_name_already_serves_and_can_go(tmp_path: Path) -> None:
+    with in_process(tmp_path, stored={"dummy": adapter()}) as server:
+        for ask in (complete, chat):
+            assert ask(server, model="dummy").headers["x-lora-adapter"] == "dummy"
+            assert ask(server, model="tgi").headers["x-lora-adapter"] == "base"
+        assert server.client.delete("/adapters/dummy").status_code == 204
+        assert complete(server, model="dummy").headers["x-lora-adapter"] == "base"
 
 
 def test_the_examples_of_the_documentation_are_legal() -> None:

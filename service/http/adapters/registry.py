@@ -24,8 +24,10 @@ from service.http.adapters.served_adapter import AdapterState, ServedAdapter
 from service.keys import ANYONE, ApiKey
 from service.rank.rank_policy import RankFacts
 
-RESERVED_NAMES = ("other",)
-"""A value of metric labels, which an adapter of that name would be confused with; the store reserves "base" itself."""
+UNNAMED = ("dummy", "tgi")
+"""What Hugging Face's clients put into `model` where nothing was named."""
+RESERVED_NAMES = ("other", *UNNAMED)
+"""What no new adapter may be called; "other" is a value of metric labels. The store reserves "base" itself."""
 
 
 class RegistryObserver(Protocol):
@@ -79,6 +81,11 @@ class AdapterRegistry:
             raise UnknownAdapter(name) if self.is_loaded else NotReady()
         return served
 
+    def knows(self, name: str, viewer: str = "") -> bool:
+        """Whether the caller may know of an adapter of that name, fit or not."""
+        served = self._served.get(name)
+        return served is not None and served.is_visible_to(viewer)
+
     def list(self, viewer: str = "") -> tuple[ServedAdapter, ...]:
         """All entries that the caller may know of, by name."""
         served = self._served
@@ -131,17 +138,18 @@ class AdapterRegistry:
         """Claim a name for one change, of an upload from its first byte on.
 
         Raises:
-            InvalidName: not a legal name, or the base model's.
+            InvalidName: not a legal name, or a new adapter's and reserved or the base model's.
             UnknownAdapter, NameTaken: as `check_may_change`.
             AdapterBusy: another one is under way.
             NotReady: the store is still being loaded.
         """
         check_name(name)
-        if name in RESERVED_NAMES or name == self._engine.model.name:
-            raise InvalidName(name, "this name is reserved")
         if not self.is_loaded:
             raise NotReady
+        is_reserved = name in RESERVED_NAMES or name == self._engine.model.name
         with self._names_lock:
+            if is_reserved and name not in self._served:  # one that is there already can go
+                raise InvalidName(name, "this name is reserved")
             self.check_may_change(name, caller)
             if name in self._writing:
                 raise AdapterBusy(name)

@@ -1,7 +1,10 @@
 """What the bodies of /v1 ask for."""
 
+from collections.abc import Callable
+
 from service.core import EngineProtocol, SamplingParams
 from service.errors import InvalidRequest
+from service.http.adapters.registry import UNNAMED
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
 from service.http.openai.schemas import (
@@ -15,14 +18,14 @@ from service.http.openai.schemas import (
 )
 from service.http.tgi.tasks import drawn_seed, given_or
 
-UNNAMED = ("dummy", "tgi")
-"""What Hugging Face's clients put into `model` where nothing was named."""
+IsKnown = Callable[[str], bool]
+"""Whether there is an adapter of a name, for the caller."""
 
 _COMPLETION_FIELDS = TokenFields("prompt", "max_tokens", "min_tokens", "truncate_prompt_tokens")
 _CHAT_FIELDS = TokenFields("messages", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens")
 
 
-def completion_task(body: CompletionRequest, base: str) -> Task:
+def completion_task(body: CompletionRequest, base: str, is_known: IsKnown) -> Task:
     """The task of a checked body; `base` is the base model's name.
 
     Raises:
@@ -42,7 +45,7 @@ def completion_task(body: CompletionRequest, base: str) -> Task:
         return _sampling(body, new_tokens, alternatives=body.logprobs or 0, prompt_logprobs=tells_prompt)
 
     return Task(
-        adapter=_adapter(body, base),
+        adapter=_adapter(body, base, is_known),
         rank=body.rank,
         policy=body.rank_policy,
         encode=encode,
@@ -55,7 +58,7 @@ def completion_task(body: CompletionRequest, base: str) -> Task:
     )
 
 
-def chat_task(body: ChatRequest, base: str) -> Task:
+def chat_task(body: ChatRequest, base: str, is_known: IsKnown) -> Task:
     """The task of a checked body; `base` is the base model's name.
 
     Raises:
@@ -76,7 +79,7 @@ def chat_task(body: ChatRequest, base: str) -> Task:
         return _sampling(body, new_tokens, alternatives=body.top_logprobs or 0)
 
     return Task(
-        adapter=_adapter(body, base),
+        adapter=_adapter(body, base, is_known),
         rank=body.rank,
         policy=body.rank_policy,
         encode=encode,
@@ -89,9 +92,9 @@ def chat_task(body: ChatRequest, base: str) -> Task:
     )
 
 
-def _adapter(body: OpenAIRequest, base: str) -> str | None:
+def _adapter(body: OpenAIRequest, base: str, is_known: IsKnown) -> str | None:
     """The adapter that `model` names: "" for the base, None where it leaves it open."""
-    if body.model in UNNAMED:
+    if body.model in UNNAMED and not is_known(body.model):
         return None
     return "" if body.model == base else body.model
 
