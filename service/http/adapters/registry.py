@@ -255,17 +255,17 @@ class AdapterRegistry:
         Raises:
             UnknownAdapter, AdapterUnfit: nothing to export.
             IllegalRank: the adapter does not have this rank.
+            StoreFull: the disk is.
         """
         served = self.get(name, viewer)
         if served.stored is None:
             raise AdapterUnfit(name, served.problem or "its files can't be read")
         rank = served.stored.config.r_max if rank is None else rank
         served.stored.config.check_rank(rank)
-        folder = scratch / "checkpoint"
-        folder.mkdir()
-        export_rank(self._store.load(served.stored), rank, folder)
         target = scratch / "export.zip"
-        pack_zip(folder, target)
+        with self._store.new_upload() as folder:
+            export_rank(self._store.load(served.stored), rank, folder)
+            pack_zip(folder, target)
         return target, rank
 
     def _load_stored(self, stored: StoredAdapter) -> ServedAdapter:

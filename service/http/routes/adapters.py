@@ -96,7 +96,7 @@ async def delete_adapter(name: AdapterName, services: TheServices, caller: TheCa
     await changes.delete_adapter(services, name, caller)
 
 
-@router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 503))
+@router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 503, 507))
 async def export_adapter(
     name: AdapterName,
     services: TheServices,
@@ -104,7 +104,9 @@ async def export_adapter(
     rank: Annotated[int | None, Query(ge=1, description="Rank to export; the largest unless given.")] = None,
 ) -> Response:
     """A PEFT checkpoint of one rank, as a zip: the same function in any reader of PEFT files."""
+    await services.exports.acquire()
     with ExitStack() as stack:
+        stack.callback(services.exports.release)
         scratch = stack.enter_context(services.registry.new_upload())
         path, rank = await to_thread.run_sync(services.registry.export, name, rank, scratch, caller.name)
         return _ScratchFile(str(path), f"{name}-rank{rank}.zip", stack.pop_all())

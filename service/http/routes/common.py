@@ -88,7 +88,7 @@ _MEANINGS = {
     500: "The engine failed on this request.",
     503: "The queue is full, or the server is loading or draining; see Retry-After.",
     504: "The request was not complete by its deadline.",
-    507: "The store is full.",
+    507: "The store, or its disk, is full.",
 }
 
 
