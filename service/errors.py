@@ -2,6 +2,7 @@
 
 ServiceError
 ├── InvalidRequest        a request that can't be served as it stands; names the field, the value, what is legal
+│   └── PromptTooLong     … because its prompt, with the answer asked for, is more than the context or the server allows
 ├── UnsupportedUpload     an upload that is neither multipart nor a zip
 ├── UnknownAdapter        the request names an adapter that is not loaded
 ├── AdapterUnfit          the request names an adapter that is stored but does not fit the base model
@@ -36,6 +37,10 @@ class InvalidRequest(ServiceError):
     def __init__(self, field: str, message: str) -> None:
         self.field = field
         super().__init__(f"{field}: {message}")
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt, with the answer asked for, is more than the context or the server allows."""
 
 
 class UnsupportedUpload(ServiceError):

@@ -42,7 +42,7 @@ def good(response: httpx.Response) -> Any:
     return response.json()
 
 
-def refused(response: httpx.Response, param: str | None, status: int = 422) -> str:
+def refused(response: httpx.Response, param: str | None, status: int = 400) -> str:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -138,6 +138,26 @@ def test_defaults_are_openais(server: Server) -> None:
     assert last_sampling(server).max_new_tokens == 100  # of the server's limit; else what the context leaves
     good(chat(server, max_tokens=None, messages=[{"role": "user", "content": "x" * 120}]))
     assert last_sampling(server).max_new_tokens == 200 - 120 - (prompt_tokens - 5)
+    good(complete(server, max_tokens=None, prompt="x" * 190))
+    assert last_sampling(server).max_new_tokens == 10
+
+
+@pytest.mark.parametrize(("seed", "told"), [(-1, 2**64 - 1), (-(2**63), 2**63), (2**63, 2**63), (0, 0)])
+def test_a_seed_is_any_number_of_64_bits(server: Server, seed: int, told: int) -> None:
+    good(complete(server, seed=seed, temperature=1))
+    assert last_sampling(server).seed == told
+
+
+def test_a_nucleus_may_be_as_small_as_can_be(server: Server) -> None:
+    good(complete(server, top_p=0, temperature=1))
+    assert last_sampling(server).top_p == 0
+
+
+def test_a_prompt_that_is_too_long_has_openais_code(server: Server) -> None:
+    for response in (complete(server, prompt="x" * 197), complete(server, prompt="x" * 300, max_tokens=None)):
+        refused(response, "prompt")
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert complete(server, top_k=-2).json()["error"]["code"] == "validation"
 
 
 def test_what_clients_send_without_asking_for_anything_is_accepted(server: Server) -> None:

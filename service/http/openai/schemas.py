@@ -144,15 +144,15 @@ class OpenAIRequest(Body):
         None, description="Draw this many answers, each a choice."
     )
     temperature: Temperature | None = Field(None, description="Divides the logits; 0 is greedy. 1 unless given.")
-    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
-        None, description="Draw among the fewest tokens that have this probability together."
+    top_p: Annotated[Finite, Field(ge=0, le=1)] | None = Field(
+        None, description="Draw among the fewest tokens that have this probability together; 0 leaves the most probable one."
     )
     presence_penalty: Penalty | None = Field(None, description="Taken once from the logits of tokens in the answer.")
     frequency_penalty: Penalty | None = Field(
         None, description="Taken from the logits of tokens in the answer, once for each time that they occur."
     )
     logit_bias: Biases = Field(default_factory=dict, description="Token id to what is added to its logit, -100 to 100.")
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**64)] | None = Field(
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)] | None = Field(
         None, description="The same seed and system_fingerprint give the same text; drawn at random unless given."
     )
     stop: Stops = Field(default_factory=list, description="Generation ends before any of these; a text or up to four.")

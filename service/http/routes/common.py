@@ -76,6 +76,7 @@ def arrival_of(request: Request, *, is_streamed: bool) -> Arrival:
 
 
 _MEANINGS = {
+    400: "Invalid; the message names every offender and what would be legal.",
     401: "No API key, or one that is not valid.",
     403: "The API key lacks the scope.",
     404: "No adapter of that name.",
@@ -103,8 +104,10 @@ def event_stream(description: str) -> dict[int | str, dict[str, Any]]:
 
 
 def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route under /v1."""
-    return {status: {"model": OpenAIError, "description": _MEANINGS[status]} for status in statuses}
+    """`responses` of a route under /v1. FastAPI adds a 422 of its own to a document that leaves others out."""
+    listed: dict[int | str, dict[str, Any]]
+    listed = {status: {"model": OpenAIError, "description": _MEANINGS[status]} for status in statuses}
+    return listed | {"default": {"model": OpenAIError, "description": "Any other error."}}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

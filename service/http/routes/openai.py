@@ -22,7 +22,7 @@ router = APIRouter(
     prefix="/v1",
     tags=["openai"],
     dependencies=[needs(Scope.GENERATE), ONLY_KNOWN_QUERIES],
-    responses=openai_errors(401, 403, 422, 429, 500),
+    responses=openai_errors(400, 401, 403, 429, 500),
 )
 _GENERATING = openai_errors(404, 408, 413, 503, 504)
 

@@ -29,7 +29,7 @@ router = APIRouter(
     prefix="/v1",
     tags=["vllm"],
     dependencies=[needs(Scope.ADAPTERS_WRITE), ONLY_KNOWN_QUERIES],
-    responses=openai_errors(401, 403, 404, 408, 409, 413, 422, 429, 503, 507),
+    responses=openai_errors(400, 401, 403, 404, 408, 409, 413, 429, 503, 507),
 )
 
 _DONE = plain_text("What vLLM says.")
