@@ -100,5 +100,5 @@ EXPOSE 8000
 # By number, so that Kubernetes' runAsNonRoot can tell that it is not root.
 USER 10001:10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('DYLORA_PORT', '8000')}/ready\", timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ.get('DYLORA_PORT', '8000')}/ready\", timeout=4)"]
 ENTRYPOINT ["dylora", "serve"]

@@ -64,7 +64,7 @@ class SamplingParams:
         do_sample: draw from the distribution instead of taking its maximum.
         temperature: divides the logits; above 0.
         top_k: keep the k most probable tokens, and those as probable as the last of them; None keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches p (Holtzman et al., arXiv 1904.09751); in (0, 1].
+        top_p: keep the smallest set of tokens whose probability reaches p (Holtzman et al., arXiv 1904.09751); in [0, 1].
         min_p: keep the tokens at least this fraction as probable as the most probable one (Nguyen et al., arXiv
             2407.01082); in [0, 1].
         typical_p: keep the tokens whose information is nearest the expected one, until their probability reaches p

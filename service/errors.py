@@ -2,10 +2,11 @@
 
 ServiceError
 ├── InvalidRequest        a request that can't be served as it stands; names the field, the value, what is legal
+│   └── PromptTooLong     … because its prompt, with the answer asked for, is more than the context or the server allows
 ├── UnsupportedUpload     an upload that is neither multipart nor a zip
 ├── UnknownAdapter        the request names an adapter that is not loaded
 ├── AdapterUnfit          the request names an adapter that is stored but does not fit the base model
-├── NameTaken             a private upload under the name of a shared adapter
+├── NameTaken             a change to a shared adapter, by a key whose uploads are private
 ├── NoKey                 no API key, or one that is not valid
 ├── WrongScope            the API key is not meant for this
 ├── KeyOverLimit          the API key is over its requests in flight or per minute
@@ -39,6 +40,10 @@ class InvalidRequest(ServiceError):
         super().__init__(f"{field}: {message}")
 
 
+class PromptTooLong(InvalidRequest):
+    """The prompt, with the answer asked for, is more than the context or the server allows."""
+
+
 class UnsupportedUpload(ServiceError):
     """An upload whose content type is neither multipart/form-data nor a zip."""
 
@@ -66,10 +71,13 @@ class AdapterUnfit(ServiceError):
 
 
 class NameTaken(ServiceError):
-    """An upload that shall be private, under the name of an adapter that others use."""
+    """A change to an adapter that others use, by an API key whose uploads are private."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{name[:80]!r} is a shared adapter, and uploads by this API key are private; choose another name")
+        super().__init__(
+            f"{name[:80]!r} is a shared adapter, and uploads by this API key are private: it changes its own only; to upload, "
+            "choose another name"
+        )
 
 
 class NoKey(ServiceError):

@@ -80,11 +80,17 @@ def real_engine(settings: Settings, observer: EngineObserver) -> EngineProtocol:
 
     Raises:
         ModelRefused: the model can't be served.
+        SettingsError: there is no such folder or device, or a revision of what has none.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.model.startswith(("/", "./", "../")) and not Path(settings.model).is_dir():
         raise SettingsError(f"model ({variable('model')}): there is no folder {settings.model!r}")
+    if settings.revision is not None and (settings.model == DEMO_MODEL or Path(settings.model).is_dir()):
+        raise SettingsError(
+            f"revision ({variable('revision')}): {settings.revision!r} is not legal: {settings.model!r} is no model of "
+            "the hub, and only these have revisions"
+        )
     device = _device(settings.device)
     loaded = load_model(
         str(demo.demo_model_folder()) if settings.model == DEMO_MODEL else settings.model,

@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     model: str = Field(DEMO_MODEL, min_length=1, description="base model: 'demo', a local folder, or a hub name")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model; of no other")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all interfaces")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
 

@@ -260,6 +260,13 @@ def test_an_option_that_is_misspelt_is_answered_with_the_nearest(capsys: pytest.
     assert "unrecognized arguments: --prot=9; did you mean --port?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["demo", "{folder}"])
+def test_only_models_of_the_hub_have_revisions(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    model = model.format(folder=tmp_path)
+    assert main(["serve", "--revision=v1", f"--model={model}", f"--adapters-dir={tmp_path / 'store'}"]) == 2
+    assert f"revision (DYLORA_REVISION): 'v1' is not legal: '{model}' is no model of the hub" in capsys.readouterr().err
+
+
 def test_a_model_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", f"--model={tmp_path / 'nowhere'}", f"--adapters-dir={tmp_path / 'store'}"]) == 2
     assert f"model (DYLORA_MODEL): there is no folder '{tmp_path / 'nowhere'}'" in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import asyncio
 import io
 import json
 import signal
@@ -11,12 +12,15 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from starlette.types import ASGIApp, Message
 
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE, read_peft
 from adapters.config import AdapterKind
 from adapters.nesting import at_rank
 from service.core import EngineStats
+from service.http.services import MAX_EXPORTS
 from tests.checkpoints import plain_config, plain_tensors, write_folder
+from tests.e2e.tiny_server import wait_until
 from tests.http_harness import Server, adapter, files_of, folder_of, in_process, on_socket, zip_of
 
 
@@ -129,6 +133,42 @@ def test_an_export_computes_what_the_adapter_does_at_that_rank(server: Server, t
     assert server.client.get("/adapters/demo/export", params={"rank": 9}).status_code == 422
     assert server.client.get("/adapters/nobody/export").status_code == 404
     assert not list((tmp_path / "store" / "tmp").iterdir())
+
+
+def test_few_exports_are_held_at_a_time_and_clients_that_go_away_make_room(tmp_path: Path) -> None:
+    """Clients that read nothing until they go away."""
+    held: list[int] = []
+    gone = asyncio.Semaphore(0)
+    scope = {"type": "http", "method": "GET", "path": "/adapters/demo/export", "query_string": b"", "headers": []}
+
+    async def export(app: ASGIApp) -> None:
+        messages = [{"type": "http.request"}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await gone.acquire()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                held.append(len(list(tmp_path.glob("store/tmp/*/export.zip"))))
+                await asyncio.Event().wait()
+
+        await app(dict(scope), receive, send)
+
+    with in_process(tmp_path) as server:
+        portal = server.client.portal  # type: ignore[attr-defined]
+        exports = [portal.start_task_soon(export, server.client.app) for _ in range(2 * MAX_EXPORTS)]  # type: ignore[attr-defined]
+        for count in (MAX_EXPORTS, 2 * MAX_EXPORTS):
+            wait_until(lambda count=count: len(held) == count)  # type: ignore[misc]
+            for _ in range(MAX_EXPORTS):
+                portal.call(gone.release)
+        for each in exports:
+            each.result(10)
+        assert max(held) == MAX_EXPORTS
+        assert not list((tmp_path / "store" / "tmp").iterdir())
+        assert server.client.get("/adapters/demo/export").status_code == 200
 
 
 def multipart(*parts: tuple[str, str, bytes]) -> list[tuple[str, tuple[str, bytes]]]:

@@ -230,11 +230,25 @@ def test_to_everyone_else_a_private_adapter_does_not_exist(with_private: Server,
     assert with_private.store.get("secret") == before
 
 
-def test_a_private_upload_does_not_land_in_a_shared_adapter(server: Server, tmp_path: Path) -> None:
+def test_a_key_with_private_uploads_changes_no_shared_adapter(server: Server, tmp_path: Path) -> None:
+    client, mine = server.client, ALICE.headers
     files = files_of(folder_of(adapter(seed=8), tmp_path / "other"))
     before = server.store.get("demo")
-    response = server.client.put("/adapters/demo", files=files, headers=ALICE.headers)
-    assert (response.status_code, response.json()["error_type"]) == (409, "name_taken")
+    with server.engine.paused():
+        shared = client.post("/adapters/demo/calibration", json={"examples": ["xyz"]}, headers=FULL.headers)
+        assert shared.status_code == 202
+        load = {"lora_name": "demo", "lora_path": "x", "load_inplace": True}
+        answers = [
+            client.put("/adapters/demo", files=files, headers=mine),
+            client.delete("/adapters/demo", headers=mine),
+            client.post("/adapters/demo/calibration", json={"examples": ["xyz"]}, headers=mine),
+            client.delete(shared.headers["location"], headers=mine),
+            client.post("/v1/load_lora_adapter", json=load, headers=mine),
+            client.post("/v1/unload_lora_adapter", json={"lora_name": "demo"}, headers=mine),
+        ]
+        assert client.delete(shared.headers["location"], headers=FULL.headers).json()["state"] == "cancelled"
+    assert [answer.status_code for answer in answers] == [409] * len(answers)
+    assert all("'demo' is a shared adapter" in answer.text and "name_taken" in answer.text for answer in answers)
     assert server.store.get("demo") == before
 
 

@@ -277,7 +277,7 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "parameters": {"max_new_tokens": "5"}}, 422, "max_new_tokens: '5' is not legal"),
     ({"inputs": "x", "parameters": {"max_new_tokens": 101}}, 422, "legal: 1 to 100"),
     ({"inputs": "x" * 150, "parameters": {"max_new_tokens": 60}}, 422, "set truncate to at most 140"),
-    ({"inputs": "x" * 190}, 422, "above the context of 200 tokens"),
+    ({"inputs": "x" * 200}, 422, "above the context of 200 tokens"),
     ({"inputs": "x", "parameters": {"temperature": -1}}, 422, "temperature: -1"),
     ({"inputs": "x", "parameters": {"temperature": 1e-9}}, 422, "must be 0 (greedy) or at least 0.0001"),
     ({"inputs": "x", "parameters": {"top_k": 0}}, 422, "top_k: 0"),
@@ -351,7 +351,7 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
 @pytest.mark.parametrize("route", ["/generate", "/generate_stream", "/", "/v1/completions", "/v1/load_lora_adapter"])
 def test_a_rank_in_the_query_is_not_passed_over(server: Server, route: str) -> None:
     response = server.client.post(route, params={"rank": 4}, json={"prompt" if "/v1/" in route else "inputs": "x"})
-    assert response.status_code == 422
+    assert response.status_code == (400 if "/v1/" in route else 422)
     assert "rank: no such query parameter; there are none here" in response.text
 
 
@@ -374,6 +374,16 @@ def test_after_all_bad_requests_the_server_still_answers(server: Server) -> None
 def test_all_offenders_are_listed(server: Server) -> None:
     error = server.generate("", top_k=0, watermark=True).json()["error"]
     assert all(name in error for name in ("inputs", "top_k", "watermark"))
+    parameters: dict[str, Any] = {f"x{number}": 1 for number in range(25)}
+    many = server.generate(**parameters).json()["error"]
+    assert many == "; ".join([*(f"x{number}: no such field" for number in range(10)), "and 15 more"])
+
+
+@pytest.mark.parametrize("parameters", [{"x" * 10**6: 1}, {"stop": "x" * 10**6}, {"seed": [[["x" * 9] * 99] * 99] * 9}])
+def test_an_offender_is_not_told_at_length(server: Server, parameters: dict[str, Any]) -> None:
+    response = server.generate(**parameters)
+    assert response.status_code == 422
+    assert len(response.text) < 400
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,13 @@ def test_the_names_are_those_of_the_interface(server: Server) -> None:
     assert {name for name in families if not name.endswith("_created")} == NAMES
 
 
+def test_a_prompt_is_counted_once_however_many_answers_it_has(server: Server) -> None:
+    body = {"prompt": ["hello", "you"], "n": 3, "max_tokens": 2}
+    server.client.post("/v1/completions", json=body).raise_for_status()
+    assert server.metric("dylora_tokens_total", kind="prompt") == 8
+    assert server.metric("dylora_tokens_total", kind="generated") == 2 * 3 * 2
+
+
 def test_requests_are_counted_by_adapter_rank_mode_and_outcome(server: Server) -> None:
     server.generate(adapter_id="demo", rank=2, max_new_tokens=5)
     server.generate(adapter_id="demo", max_new_tokens=5)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from service.core import SamplingParams
 from service.engine.fake_engine import FakeEngine
@@ -41,7 +42,7 @@ def good(response: httpx.Response) -> Any:
     return response.json()
 
 
-def refused(response: httpx.Response, param: str | None, status: int = 422) -> str:
+def refused(response: httpx.Response, param: str | None, status: int = 400) -> str:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -137,6 +138,26 @@ def test_defaults_are_openais(server: Server) -> None:
     assert last_sampling(server).max_new_tokens == 100  # of the server's limit; else what the context leaves
     good(chat(server, max_tokens=None, messages=[{"role": "user", "content": "x" * 120}]))
     assert last_sampling(server).max_new_tokens == 200 - 120 - (prompt_tokens - 5)
+    good(complete(server, max_tokens=None, prompt="x" * 190))
+    assert last_sampling(server).max_new_tokens == 10
+
+
+@pytest.mark.parametrize(("seed", "told"), [(-1, 2**64 - 1), (-(2**63), 2**63), (2**63, 2**63), (0, 0)])
+def test_a_seed_is_any_number_of_64_bits(server: Server, seed: int, told: int) -> None:
+    good(complete(server, seed=seed, temperature=1))
+    assert last_sampling(server).seed == told
+
+
+def test_a_nucleus_may_be_as_small_as_can_be(server: Server) -> None:
+    good(complete(server, top_p=0, temperature=1))
+    assert last_sampling(server).top_p == 0
+
+
+def test_a_prompt_that_is_too_long_has_openais_code(server: Server) -> None:
+    for response in (complete(server, prompt="x" * 197), complete(server, prompt="x" * 300, max_tokens=None)):
+        refused(response, "prompt")
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert complete(server, top_k=-2).json()["error"]["code"] == "validation"
 
 
 def test_what_clients_send_without_asking_for_anything_is_accepted(server: Server) -> None:
@@ -389,6 +410,26 @@ def test_what_a_chat_can_not_have_is_refused_by_its_name(server: Server, fields:
     assert said in refused(response, param)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"a": 1}] * 100_000},
+        {"messages": [{"role": "user", "content": [{"a": 1}] * 100_000}]},
+        {"messages": [{**HELLO[0], **{f"x{number}": 1 for number in range(100_000)}}]},
+        {f"x{number}": 1 for number in range(100_000)},
+        {"logit_bias": {f"x{number}": 1 for number in range(100_000)}},
+        {"metadata": {f"x{number}": 1 for number in range(100_000)}},
+        {"stop": [1] * 100_000},
+        {"stop_token_ids": ["x"] * 100_000},
+    ],
+    ids=["messages", "parts", "fields of a message", "fields", "biases", "labels", "stops", "stop tokens"],
+)
+def test_no_body_makes_a_list_of_findings_as_long_as_itself(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({"messages": HELLO, **fields})
+    assert caught.value.error_count() < 20
+
+
 def test_other_errors_come_in_openais_form_too(server: Server) -> None:
     assert "nix" in refused(complete(server, model="nix"), "model", 404)
     response = server.client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
@@ -413,10 +454,20 @@ def test_models_are_the_base_and_the_adapters(server: Server) -> None:
     assert "'x' is no rank" in refused(server.client.get("/v1/models/demo@x"), "model")
 
 
-def test_no_adapter_takes_the_base_models_name(server: Server) -> None:
-    response = server.client.put("/adapters/fake", content=b"", headers={"Content-Type": "application/zip"})
+@pytest.mark.parametrize("name", ["fake", "dummy", "tgi", "other"])
+def test_no_adapter_takes_a_name_that_means_something_else(server: Server, name: str) -> None:
+    response = server.client.put(f"/adapters/{name}", content=b"", headers={"Content-Type": "application/zip"})
     assert response.status_code == 422
     assert "reserved" in response.json()["error"]
+
+
+def test_an_adapter_that_has_such_a_name_already_serves_and_can_go(tmp_path: Path) -> None:
+    with in_process(tmp_path, stored={"dummy": adapter()}) as server:
+        for ask in (complete, chat):
+            assert ask(server, model="dummy").headers["x-lora-adapter"] == "dummy"
+            assert ask(server, model="tgi").headers["x-lora-adapter"] == "base"
+        assert server.client.delete("/adapters/dummy").status_code == 204
+        assert complete(server, model="dummy").headers["x-lora-adapter"] == "base"
 
 
 def test_the_examples_of_the_documentation_are_legal() -> None:

@@ -13,9 +13,9 @@ from tests.http_keys import make_key, write_keys
 
 PACKAGE = "schemathesis==4.32.5"
 CONFIG = """
-# A body may fit the schema and still contradict itself, or name a rank that the adapter does not have: 422 as well.
+# A body may fit the schema and still contradict itself, or name a rank that the adapter does not have: 422 or 400 as well.
 [checks.positive_data_acceptance]
-expected-statuses = ["2xx", 401, 403, 404, 409, 422, 429, "5xx"]
+expected-statuses = ["2xx", 400, 401, 403, 404, 409, 422, 429, "5xx"]
 """
 
 

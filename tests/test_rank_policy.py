@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,18 +7,19 @@ from hypothesis import strategies as st
 from adapters.errors import IllegalRank
 from adapters.quality import Metric, QualityProfile
 from service.errors import InvalidRequest
-from service.rank.policies import Policy, PolicyBook, PolicyKind, RankBounds
+from service.rank.policies import FIELDS_OF, Policy, PolicyBook, PolicyKind, RankBounds
 from service.rank.rank_policy import RankDecision, RankFacts, RankReason, RankWish, decide
+
+
+def made(kind: PolicyKind, **values: Any) -> Policy:
+    """A policy with those of some values that its kind looks at."""
+    return Policy(kind, **{name: value for name, value in values.items() if name in FIELDS_OF[kind]})
+
 
 RANK_LISTS = st.lists(st.integers(1, 64), min_size=1, max_size=10, unique=True).map(sorted)
 POLICIES = st.builds(
-    lambda kind, rank, tolerance, share, floor, extra: Policy(
-        kind,
-        rank=rank if kind is PolicyKind.FIXED else None,
-        tolerance=tolerance,
-        share=share,
-        floor=floor,
-        ceiling=None if extra is None else floor + extra,
+    lambda kind, rank, tolerance, share, floor, extra: made(
+        kind, rank=rank, tolerance=tolerance, share=share, floor=floor, ceiling=None if extra is None else floor + extra
     ),
     st.sampled_from(PolicyKind),
     st.integers(1, 80),

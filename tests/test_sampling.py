@@ -63,7 +63,7 @@ def column(values: list[float]) -> Tensor:
     ("keep", "theirs", "values"),
     [
         (keep_top_k, TopKLogitsWarper, [1, 2, 7, 50, 10**6]),
-        (keep_top_p, TopPLogitsWarper, [0.05, 0.3, 0.7, 0.95, 0.9999]),
+        (keep_top_p, TopPLogitsWarper, [0.0, 0.05, 0.3, 0.7, 0.95, 0.9999]),
         (keep_min_p, MinPLogitsWarper, [0.001, 0.05, 0.3, 0.9, 1.0]),
         (keep_typical, TypicalLogitsWarper, [0.05, 0.3, 0.7, 0.95, 0.9999]),
     ],

@@ -1,5 +1,6 @@
 """AdapterStore: what was acknowledged is there, whole, whenever the process is killed and whoever asks."""
 
+import errno
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from adapters.adapter import Adapter
 from adapters.checkpoint import TENSORS_FILE, CheckpointLimits, read_peft, write_peft
@@ -41,6 +43,24 @@ def same(one: Adapter, other: Adapter) -> bool:
     return one.config == other.config and all(
         torch.equal(m.a, other.modules[path].a) and torch.equal(m.b, other.modules[path].b) for path, m in one.modules.items()
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_a_full_store(tmp_path: Path, error: Exception) -> None:
+    with open_store(tmp_path / "s") as store:
+        with pytest.raises(StoreFull), store.new_upload():
+            Path("/dev/full").write_bytes(b"x")
+        with pytest.raises(StoreFull, match="the disk is full"), store.new_upload():
+            raise error
+        with pytest.raises(FileNotFoundError), store.new_upload() as folder:
+            (folder / "nothing").read_bytes()
+        assert not list((tmp_path / "s" / "tmp").iterdir())
 
 
 def test_what_is_put_is_listed_and_loaded_also_by_the_next_process(tmp_path: Path) -> None:

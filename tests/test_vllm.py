@@ -50,7 +50,7 @@ def test_an_adapter_is_loaded_used_and_unloaded(server: Server, root: Path) -> N
 def test_a_name_is_replaced_only_where_that_was_asked(server: Server) -> None:
     before = server.store.get("demo").version
     response = load(server, "team/mine", "demo")
-    assert (response.status_code, response.json()["error"]["param"]) == (422, "lora_name")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "lora_name")
     assert server.store.get("demo").version == before
     assert load(server, "team/mine", "demo", load_inplace=True).status_code == 200
     assert server.store.get("demo").version != before
@@ -69,7 +69,7 @@ def test_it_is_off_unless_the_setting_names_a_folder(root: Path, tmp_path: Path)
 def test_nothing_outside_the_folder_is_opened(server: Server, root: Path, tmp_path: Path, path: str) -> None:
     (root / "link").symlink_to(tmp_path / "secret")
     response = load(server, path.format(outside=tmp_path / "secret"))
-    assert response.status_code == 422, response.text
+    assert response.status_code == 400, response.text
     assert [each.name for each in server.store.list()] == ["demo"]
 
 
@@ -79,7 +79,7 @@ def test_a_file_that_is_none_is_not_opened(server: Server, root: Path, tmp_path:
     file.unlink()
     make(tmp_path / "secret" / TENSORS_FILE, file)
     response = load(server, "team/mine")
-    assert response.status_code == 422
+    assert response.status_code == 400
     assert "is no file that can be read, or a link" in response.json()["error"]["message"]
 
 

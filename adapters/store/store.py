@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from safetensors import SafetensorError
+
 from adapters.adapter import Adapter
 from adapters.checkpoint import describe_peft, read_peft, write_peft
 from adapters.config import AdapterKind
@@ -149,13 +151,18 @@ class AdapterStore:
 
     @contextmanager
     def new_upload(self) -> Iterator[Path]:
-        """An empty folder on the store's file system, removed at the end: where an upload is streamed to before `put`."""
+        """An empty folder on the store's file system, removed at the end: where an upload is streamed to before `put`.
+
+        Raises:
+            StoreFull: the disk is, also by what the block writes.
+        """
         folder = self._tmp / uuid.uuid4().hex
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with _disk_full_as_store_full():
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def put(
         self,
@@ -191,7 +198,7 @@ class AdapterStore:
             adapter = read_peft(folder, limits=self._limits)
             if renest and adapter.config.kind is AdapterKind.LORA:
                 adapter = renest_adapter(adapter)
-            with _disk_full_as_store_full(), self.new_upload() as staging:
+            with self.new_upload() as staging:
                 write_peft(adapter, staging)
                 record = NameRecord(files.digest_folder(staging), datetime.now(UTC), owner)
                 stored = self._describe(name, staging, record)
@@ -325,7 +332,14 @@ class AdapterStore:
 def _disk_full_as_store_full() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if _is_disk_full(error):
             raise StoreFull("the disk is full") from error
         raise
+
+
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)  # it has no errno

@@ -28,7 +28,7 @@ def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
 
     Args:
         scores: [rows, vocabulary].
-        p: [rows, 1], in (0, 1].
+        p: [rows, 1], in [0, 1]; 0 keeps the most probable one.
     """
     probabilities = scores.softmax(-1)
     highest = probabilities.topk(min(_LIKELY_MANY, scores.shape[-1]), dim=-1).values

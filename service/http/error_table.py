@@ -17,23 +17,26 @@ class ErrorKind:
         status: the HTTP status.
         type: `error_type` of the body; clients of TGI and LoRAX pick their exception class by it.
         retry_after_s: seconds for the Retry-After header, where trying again makes sense and nothing better is known.
+        code: OpenAI's word for it under /v1, where that is another than `type`.
     """
 
     status: int
     type: str
     retry_after_s: int | None = None
+    code: str | None = None
 
 
 ERROR_TABLE: dict[type[Exception], ErrorKind] = {
     service_errors.ServiceError: ErrorKind(500, "generation"),
     service_errors.InvalidRequest: ErrorKind(422, "validation"),
+    service_errors.PromptTooLong: ErrorKind(422, "validation", code="context_length_exceeded"),
     service_errors.UnsupportedUpload: ErrorKind(415, "unsupported_media_type"),
-    service_errors.UnknownAdapter: ErrorKind(404, "adapter_not_found"),
+    service_errors.UnknownAdapter: ErrorKind(404, "adapter_not_found", code="model_not_found"),
     service_errors.AdapterUnfit: ErrorKind(422, "adapter_unfit"),
     service_errors.NameTaken: ErrorKind(409, "name_taken"),
-    service_errors.NoKey: ErrorKind(401, "unauthorized"),
-    service_errors.WrongScope: ErrorKind(403, "forbidden"),
-    service_errors.KeyOverLimit: ErrorKind(429, "rate_limited", retry_after_s=1),
+    service_errors.NoKey: ErrorKind(401, "unauthorized", code="invalid_api_key"),
+    service_errors.WrongScope: ErrorKind(403, "forbidden", code="insufficient_scope"),
+    service_errors.KeyOverLimit: ErrorKind(429, "rate_limited", retry_after_s=1, code="rate_limit_exceeded"),
     service_errors.NotReady: ErrorKind(503, "unavailable", retry_after_s=1),
     service_errors.QueueFull: ErrorKind(503, "overloaded", retry_after_s=1),
     service_errors.TooManyJobs: ErrorKind(503, "overloaded", retry_after_s=10),
@@ -49,7 +52,7 @@ ERROR_TABLE: dict[type[Exception], ErrorKind] = {
     adapter_errors.InvalidAdapter: ErrorKind(422, "invalid_adapter"),
     adapter_errors.AdapterTooLarge: ErrorKind(413, "too_large"),
     adapter_errors.InvalidName: ErrorKind(422, "validation"),
-    adapter_errors.AdapterNotFound: ErrorKind(404, "adapter_not_found"),
+    adapter_errors.AdapterNotFound: ErrorKind(404, "adapter_not_found", code="model_not_found"),
     adapter_errors.AdapterBusy: ErrorKind(409, "adapter_busy", retry_after_s=1),
     adapter_errors.StoreFull: ErrorKind(507, "store_full"),
     adapter_errors.IllegalRank: ErrorKind(422, "validation"),
@@ -67,19 +70,18 @@ def kind_of(error: Exception) -> ErrorKind:
 
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_OPENAI_CODES = {
-    "unauthorized": "invalid_api_key",
-    "forbidden": "insufficient_scope",
-    "rate_limited": "rate_limit_exceeded",
-    "adapter_not_found": "model_not_found",
-}
+
+
+def openai_status(kind: ErrorKind) -> int:
+    """The status under /v1: OpenAI and vLLM answer with 400 what they find invalid, and their clients look for that."""
+    return 400 if kind.status == 422 else kind.status
 
 
 def openai_body(message: str, kind: ErrorKind, param: str | None = None) -> dict[str, dict[str, str | None]]:
     """OpenAI's error body, for every route under /v1. Its clients pick their exception class by the status alone."""
     by_status = "server_error" if kind.status >= 500 else "invalid_request_error"
     type_ = _OPENAI_TYPES.get(kind.status, by_status)
-    return {"error": {"message": message, "type": type_, "param": param, "code": _OPENAI_CODES.get(kind.type, kind.type)}}
+    return {"error": {"message": message, "type": type_, "param": param, "code": kind.code or kind.type}}
 
 
 def error_body(error: Exception) -> dict[str, str]:

@@ -116,10 +116,13 @@ class Metrics:
         self._request_s.labels(*self._labels.pair(adapter, rank)).observe(total_s)
         self._queue_s.observe(queue_s)
 
-    def tokens(self, *, prompt: int, generated: int) -> None:
-        """Tokens of one request."""
-        self._tokens.labels("prompt").inc(prompt)
-        self._tokens.labels("generated").inc(generated)
+    def prompts_taken(self, tokens: int) -> None:
+        """A request was submitted; its prompts have so many tokens, however many answers each is to have."""
+        self._tokens.labels("prompt").inc(tokens)
+
+    def generated(self, tokens: int) -> None:
+        """A sequence ended."""
+        self._tokens.labels("generated").inc(tokens)
 
     def shadow_scored(self, adapter: str, rank: int, divergence: float) -> None:
         """An answer was scored again at the full rank; the series is the mean, over the last hundred or so."""

@@ -11,6 +11,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     StrictBool,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -27,6 +28,7 @@ MAX_BEST_OF = 16
 MAX_ALTERNATIVES = 20
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 64
+_MAX_FIELDS = 256
 MIN_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature leave what float32 holds; 0 is greedy."""
 
@@ -64,6 +66,33 @@ def rank_wish(value: object) -> object:
     raise ValueError('must be an integer of at least 1, "max" or "auto"')
 
 
+def few_keys(most: int) -> BeforeValidator:
+    """Counts a mapping's keys before any is looked at; `max_length` does it after, when each may have cost a finding."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"has {len(value)} keys; legal: up to {most}")
+        return value
+
+    return BeforeValidator(check)
+
+
+class Body(BaseModel):
+    """An object that clients send. A field that it does not have is refused; far too many are not even listed.
+
+    Lists in it have few items or fail fast, so that no body costs more than a few hundred findings.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise ValueError(f"has {len(value)} fields; legal: up to {_MAX_FIELDS}")
+        return value
+
+
 class OrNull:
     """Metadata of a type whose validator takes null as well, so that the OpenAPI document says so."""
 
@@ -95,6 +124,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Biases = Annotated[
     dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASED_TOKENS),
+    few_keys(MAX_BIASED_TOKENS),
     BeforeValidator(lambda value: {} if value is None else value),
     OrNull(),
 ]
@@ -116,13 +146,13 @@ Temperature = Annotated[
 ]
 
 
-class GenerateParameters(BaseModel):
+class GenerateParameters(Body):
     """How to generate. Sampling is on with `do_sample`, or where temperature, top_k, top_p, min_p or typical_p is not neutral.
 
     Log-probabilities are the model's own: before penalties, bias, temperature and filters.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     adapter_id: Name | None = Field(None, description="Adapter; null or '' for the base. `name@8` also gives the rank.")
     adapter_source: Annotated[Any, NotServed("local", instead="adapters are uploaded with PUT /adapters/{id}")] = None
@@ -212,11 +242,10 @@ class GenerateParameters(BaseModel):
         return self.details or self.decoder_input_details
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Body):
     """A prompt and how to go on from it."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {

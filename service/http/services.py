@@ -1,6 +1,7 @@
 """What the routes work with: one object, made by create_app and handed to every request."""
 
 import time
+from asyncio import Semaphore
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -16,6 +17,9 @@ from service.http.tenants import Tenants
 from service.rank.auto_rank import AutoRank
 from service.rank.policies import PolicyBook
 from service.settings import Settings
+
+MAX_EXPORTS = 4
+"""At a time, from the first byte read to the last one sent: each takes memory, and then disk, of an adapter's size."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Services:
     latencies: Latencies = field(default_factory=Latencies)
     drain_rate: DrainRate = field(default_factory=DrainRate)
     """How fast generations end, for Retry-After."""
+    exports: Semaphore = field(default_factory=lambda: Semaphore(MAX_EXPORTS))
+    """Held by an export until its file is sent."""
     started_at: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
     draining: Event = field(default_factory=Event)

@@ -1,7 +1,7 @@
 """The rules by which a server may choose a rank, as its configuration names them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import ClassVar
@@ -34,9 +34,21 @@ class WhenUnattainable(StrEnum):
     """It is answered with 503, unless nothing else is in flight."""
 
 
+_BOUNDS = ("floor", "ceiling")
+_OBJECTIVES = ("latency_slo_ms", "ttft_slo_ms", "itl_slo_ms")
+FIELDS_OF: Mapping[PolicyKind, tuple[str, ...]] = {
+    PolicyKind.FIXED: ("rank",),
+    PolicyKind.MAX: _BOUNDS,
+    PolicyKind.QUALITY: ("tolerance", *_BOUNDS),
+    PolicyKind.BUDGET: ("share", *_BOUNDS),
+    PolicyKind.LATENCY: (*_OBJECTIVES, "when_unattainable", "elastic", *_BOUNDS),
+}
+"""What each kind looks at beside its name."""
+
+
 @dataclass(frozen=True)
 class Policy:
-    """One named rule, as the server's configuration states it.
+    """One named rule, as the server's configuration states it. A field that its kind does not look at keeps its default.
 
     Attributes:
         rank: the rank of a fixed policy, at least 1.
@@ -65,8 +77,13 @@ class Policy:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        if (self.rank is not None) != (self.kind is PolicyKind.FIXED):
-            raise ValueError("rank must be given for kind 'fixed', and only there")
+        legal = FIELDS_OF[self.kind]
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name not in ("kind", *legal) and value != each.default:
+                raise ValueError(f"{each.name} {value} is not for kind {self.kind.value!r}; legal: {', '.join(legal)}")
+        if self.kind is PolicyKind.FIXED and self.rank is None:
+            raise ValueError("rank must be given for kind 'fixed'")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if not 0 <= self.tolerance < 1:
@@ -77,9 +94,7 @@ class Policy:
             raise ValueError(f"floor must be at least 1, not {self.floor}")
         if self.ceiling is not None and self.ceiling < self.floor:
             raise ValueError(f"ceiling must be at least the floor {self.floor}, not {self.ceiling}")
-        slo = self.slo  # which checks its own values
-        if self.kind is not PolicyKind.LATENCY and not slo.is_empty:
-            raise ValueError(f"{slo} is for kind 'latency' only")
+        _ = self.slo  # which checks its own values
 
     @cached_property
     def slo(self) -> Slo:

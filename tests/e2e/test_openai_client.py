@@ -158,11 +158,11 @@ def test_errors_are_the_clients_own(site: Site, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nobody", prompt="x")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.UnprocessableEntityError) as wrong:
+    with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model="story@99", messages=[HELLO])
     assert wrong.value.param == "rank"
     assert "legal ranks: 1, 2" in str(wrong.value)
-    with pytest.raises(openai.UnprocessableEntityError, match="tools are not served"):
+    with pytest.raises(openai.BadRequestError, match="tools are not served"):
         client.chat.completions.create(model="story", messages=[HELLO], tools=[{"type": "function", "function": {"name": "f"}}])
     with site.client(TWO_A_MINUTE.token) as hurried:
         hurried.models.list()

@@ -18,6 +18,7 @@ from service.core import AdapterChoice, EngineProtocol, Failed, Finished, Genera
 from service.errors import EngineFailed, QueueFull, ServiceError, TooManyJobs, UnknownJob
 from service.http.adapters.registry import AdapterRegistry
 from service.http.generation.stream import EventStream
+from service.keys import ApiKey
 from service.log import logger
 
 METRIC = "loss per token"
@@ -53,7 +54,7 @@ class Job:
     Attributes:
         version: of the adapter that is measured; if another one comes, the job fails.
         source: what the profile will say that it was measured on.
-        viewer: the name of the API key that asked.
+        caller: the API key that asked.
         done: texts measured so far, over all ranks and the base.
         problem: why it failed.
         is_being_kept: the result is on its way to the store, and it is too late to cancel.
@@ -66,7 +67,7 @@ class Job:
     ranks: tuple[int, ...]
     texts: int
     source: str
-    viewer: str = ""
+    caller: ApiKey
     state: JobState = JobState.WAITING
     done: int = 0
     problem: str | None = None
@@ -101,21 +102,23 @@ class Calibrations:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
 
-    def start(self, name: str, ranks: Sequence[int], texts: Sequence[MeasuredText], source: str, viewer: str) -> Job:
+    def start(self, name: str, ranks: Sequence[int], texts: Sequence[MeasuredText], source: str, caller: ApiKey) -> Job:
         """Begin to measure an adapter.
 
         Raises:
             UnknownAdapter, AdapterUnfit: there is nothing to measure.
+            NameTaken: the adapter is shared, and the caller may change its own only.
             AdapterBusy: the adapter is being measured already.
             TooManyJobs: too many wait.
         """
-        served = self._registry.resolve(name, viewer)
+        served = self._registry.resolve(name, caller.name)
+        self._registry.check_may_change(name, caller)
         unfinished = [job for job in self._jobs.values() if not job.is_over]
         if any(job.adapter == name for job in unfinished):
             raise AdapterBusy(name)
         if len(unfinished) >= MAX_UNFINISHED:
             raise TooManyJobs(MAX_UNFINISHED)
-        job = Job(secrets.token_hex(8), name, served.version, tuple(ranks), len(texts), source, viewer)
+        job = Job(secrets.token_hex(8), name, served.version, tuple(ranks), len(texts), source, caller)
         self._forget_old()
         self._jobs[job.id] = job
         task = asyncio.create_task(self._run(job, tuple(texts)))
@@ -183,7 +186,7 @@ class Calibrations:
         return nats / tokens
 
     def _choice(self, job: Job, rank: int) -> AdapterChoice:
-        served = self._registry.resolve(job.adapter, job.viewer)
+        served = self._registry.resolve(job.adapter, job.caller.name)
         if served.version != job.version:
             raise EngineFailed("the adapter was replaced meanwhile")
         return served.choice(rank)
@@ -209,7 +212,7 @@ class Calibrations:
 
     async def _keep(self, job: Job) -> None:
         """Make the result the adapter's quality profile, unless the adapter was replaced."""
-        with self._registry.writing(job.adapter, job.viewer):
+        with self._registry.writing(job.adapter, job.caller):
             job.is_being_kept = True
             self._choice(job, job.ranks[0])
             await to_thread.run_sync(self._registry.set_quality, job.adapter, job.profile)

@@ -7,6 +7,7 @@ from anyio import to_thread
 
 from service.http.adapters.served_adapter import ServedAdapter
 from service.http.services import Services
+from service.keys import ApiKey
 
 
 async def put_adapter(
@@ -22,14 +23,14 @@ async def put_adapter(
     return served, is_new
 
 
-async def delete_adapter(services: Services, name: str, viewer: str) -> None:
+async def delete_adapter(services: Services, name: str, caller: ApiKey) -> None:
     """Forget an adapter, and end what still measures it. Requests in flight keep it until they end.
 
     Raises:
-        InvalidName, UnknownAdapter, AdapterBusy, NotReady, Draining: it can't be deleted, or not now.
+        InvalidName, UnknownAdapter, NameTaken, AdapterBusy, NotReady, Draining: it can't be deleted, or not now.
     """
     services.check_accepting()
-    with services.registry.writing(name, viewer):
-        await to_thread.run_sync(services.registry.delete, name, viewer)
+    with services.registry.writing(name, caller):
+        await to_thread.run_sync(services.registry.delete, name, caller.name)
         services.latencies.forget(name)
     await services.calibrations.cancel_all_of(name)

@@ -21,10 +21,13 @@ from adapters.store.stored import StoredAdapter, check_name
 from service.core import EngineProtocol
 from service.errors import AdapterUnfit, NameTaken, NotReady, UnknownAdapter
 from service.http.adapters.served_adapter import AdapterState, ServedAdapter
+from service.keys import ANYONE, ApiKey
 from service.rank.rank_policy import RankFacts
 
-RESERVED_NAMES = ("other",)
-"""A value of metric labels, which an adapter of that name would be confused with; the store reserves "base" itself."""
+UNNAMED = ("dummy", "tgi")
+"""What Hugging Face's clients put into `model` where nothing was named."""
+RESERVED_NAMES = ("other", *UNNAMED)
+"""What no new adapter may be called; "other" is a value of metric labels. The store reserves "base" itself."""
 
 
 class RegistryObserver(Protocol):
@@ -78,6 +81,11 @@ class AdapterRegistry:
             raise UnknownAdapter(name) if self.is_loaded else NotReady()
         return served
 
+    def knows(self, name: str, viewer: str = "") -> bool:
+        """Whether the caller may know of an adapter of that name, fit or not."""
+        served = self._served.get(name)
+        return served is not None and served.is_visible_to(viewer)
+
     def list(self, viewer: str = "") -> tuple[ServedAdapter, ...]:
         """All entries that the caller may know of, by name."""
         served = self._served
@@ -126,22 +134,23 @@ class AdapterRegistry:
         self._is_loaded.set()
 
     @contextmanager
-    def writing(self, name: str, viewer: str = "") -> Iterator[None]:
-        """Claim a name for one upload or deletion, from its first byte on.
+    def writing(self, name: str, caller: ApiKey = ANYONE) -> Iterator[None]:
+        """Claim a name for one change, of an upload from its first byte on.
 
         Raises:
-            InvalidName: not a legal name, or the base model's.
-            UnknownAdapter: the name is another's.
+            InvalidName: not a legal name, or a new adapter's and reserved or the base model's.
+            UnknownAdapter, NameTaken: as `check_may_change`.
             AdapterBusy: another one is under way.
             NotReady: the store is still being loaded.
         """
         check_name(name)
-        if name in RESERVED_NAMES or name == self._engine.model.name:
-            raise InvalidName(name, "this name is reserved")
         if not self.is_loaded:
             raise NotReady
+        is_reserved = name in RESERVED_NAMES or name == self._engine.model.name
         with self._names_lock:
-            self._check_not_anothers(name, viewer)
+            if is_reserved and name not in self._served:  # one that is there already can go
+                raise InvalidName(name, "this name is reserved")
+            self.check_may_change(name, caller)
             if name in self._writing:
                 raise AdapterBusy(name)
             self._writing.add(name)
@@ -151,10 +160,19 @@ class AdapterRegistry:
             with self._names_lock:
                 self._writing.discard(name)
 
-    def check_may_own(self, name: str) -> None:
-        """Raise NameTaken if a private upload of this name would be seen by all, because the name is a shared adapter's."""
+    def check_may_change(self, name: str, caller: ApiKey) -> None:
+        """Whether what is there, if anything, may be replaced, deleted or measured anew by a caller.
+
+        Raises:
+            UnknownAdapter: it is another's.
+            NameTaken: it is shared, and the caller has adapters of its own only.
+        """
         served = self._served.get(name)
-        if served is not None and served.owner is None:
+        if served is None:
+            return
+        if not served.is_visible_to(caller.name):
+            raise UnknownAdapter(name)
+        if caller.private_uploads and served.owner is None:
             raise NameTaken(name)
 
     def put(self, name: str, folder: Path, *, renest: bool = True, owner: str | None = None) -> tuple[ServedAdapter, bool]:
@@ -237,17 +255,17 @@ class AdapterRegistry:
         Raises:
             UnknownAdapter, AdapterUnfit: nothing to export.
             IllegalRank: the adapter does not have this rank.
+            StoreFull: the disk is.
         """
         served = self.get(name, viewer)
         if served.stored is None:
             raise AdapterUnfit(name, served.problem or "its files can't be read")
         rank = served.stored.config.r_max if rank is None else rank
         served.stored.config.check_rank(rank)
-        folder = scratch / "checkpoint"
-        folder.mkdir()
-        export_rank(self._store.load(served.stored), rank, folder)
         target = scratch / "export.zip"
-        pack_zip(folder, target)
+        with self._store.new_upload() as folder:
+            export_rank(self._store.load(served.stored), rank, folder)
+            pack_zip(folder, target)
         return target, rank
 
     def _load_stored(self, stored: StoredAdapter) -> ServedAdapter:
@@ -260,11 +278,6 @@ class AdapterRegistry:
             return ServedAdapter(stored.name, stored, AdapterState.UNFIT, facts, str(error), stored.owner)
         self._observer.adapter_loaded(stored.name, stored.quality, time.perf_counter() - started_at)
         return ServedAdapter.ready(stored, adapter, self._engine.model.parameters)
-
-    def _check_not_anothers(self, name: str, viewer: str) -> None:
-        served = self._served.get(name)
-        if served is not None and not served.is_visible_to(viewer):
-            raise UnknownAdapter(name)
 
     def _serve(self, served: ServedAdapter) -> None:
         old = self._served.get(served.name)

@@ -16,7 +16,7 @@ from service.errors import (
     UnknownAdapter,
     WrongScope,
 )
-from service.http.error_table import ErrorKind, kind_of, openai_body
+from service.http.error_table import ErrorKind, kind_of, openai_body, openai_status
 from service.http.services import Services
 
 GENERATING_PATHS = ("/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions")
@@ -45,10 +45,11 @@ def refuse(
     is_generating = scope["method"] == "POST" and scope["path"] in GENERATING_PATHS
     if is_generating and not scope.get("state", {}).get("is_submitted"):  # else its terminal event is counted
         services.metrics.refused()
-    body = (
-        openai_body(message, kind, param) if scope["path"].startswith("/v1/") else {"error": message, "error_type": kind.type}
-    )
-    return JSONResponse({**body, **(facts or {})}, kind.status, dict(headers or {}))
+    body: Mapping[str, object] = {"error": message, "error_type": kind.type}
+    status = kind.status
+    if scope["path"].startswith("/v1/"):
+        body, status = openai_body(message, kind, param), openai_status(kind)
+    return JSONResponse({**body, **(facts or {})}, status, dict(headers or {}))
 
 
 def refuse_error(scope: Scope, error: Exception) -> JSONResponse:

@@ -1,13 +1,18 @@
 """Pydantic's findings as one sentence per offender: the field, the value, what would be legal."""
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 from service.http.openai.schemas import ChatRequest, CompletionRequest
 from service.http.schemas import CompatRequest, GenerateParameters
 
-_MAX_VALUE_CHARACTERS = 80
+_MAX_TOLD = 10
+_MAX_CHARACTERS = 80
+_short = reprlib.Repr()  # which looks at no more of a value than it shows
+_short.maxlevel = 2
+_short.maxstring = _short.maxlong = _short.maxother = _MAX_CHARACTERS
 _OF_GENERATE = tuple({**GenerateParameters.model_fields, **CompatRequest.model_fields})
 _KNOWN = {"/v1/completions": tuple(CompletionRequest.model_fields), "/v1/chat/completions": tuple(ChatRequest.model_fields)}
 
@@ -18,8 +23,10 @@ def known_fields(path: str) -> tuple[str, ...]:
 
 
 def describe(findings: Sequence[Any], known: Sequence[str] = _OF_GENERATE) -> str:
-    """All offenders, joined by semicolons."""
-    return "; ".join(dict.fromkeys(_sentence(finding, known) for finding in findings))
+    """The first offenders, joined by semicolons, and how many there are beside them."""
+    told = list(dict.fromkeys(_sentence(finding, known) for finding in findings[:_MAX_TOLD]))
+    others = len(findings) - _MAX_TOLD
+    return "; ".join([*told, f"and {others} more"] if others > 0 else told)
 
 
 def first_field(findings: Sequence[Any]) -> str | None:
@@ -28,7 +35,7 @@ def first_field(findings: Sequence[Any]) -> str | None:
 
 
 def _where(finding: Any) -> list[str]:
-    where = [str(part) for part in finding["loc"][1:]]  # the first is body, query or path
+    where = [str(part)[:_MAX_CHARACTERS] for part in finding["loc"][1:]]  # the first is body, query or path
     return where[1:] if where[:1] == ["parameters"] and len(where) > 1 else where
 
 
@@ -49,5 +56,5 @@ def _sentence(finding: Any, known: Sequence[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_VALUE_CHARACTERS else text[:_MAX_VALUE_CHARACTERS] + "..."
+    text = _short.repr(value)
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "..."

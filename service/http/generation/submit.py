@@ -118,6 +118,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
                 raise UnknownAdapter(selection.adapter or "") from None
             continue
         break
+    services.metrics.prompts_taken(sum(map(len, prompts)))
     sequences.cut_at(deadline.at, deadline.error())
     if choice.decision is not None:
         services.metrics.decided(choice.decision)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from service.core import ModelFacts
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, PromptTooLong
 from service.settings import Settings
 
 
@@ -44,23 +44,25 @@ class TokenLimits:
 
         Args:
             asked: what the request says; None where it says nothing.
-            default: what it then gets, no more than the server allows; None for whatever the context leaves.
+            default: what it then gets, no more than the server allows and the context leaves; None for all of that.
             least: how many it wants at least.
 
         Raises:
-            InvalidRequest: the prompt is empty, or something is too long.
+            InvalidRequest: the prompt is empty, or too much is asked for.
+            PromptTooLong: the prompt is.
         """
         self._check_prompt(prompt_tokens, fields)
         if asked is not None and self.most_new is not None and asked > self.most_new:
             message = f"{asked} is above this server's limit; legal: 1 to {self.most_new}"
             raise InvalidRequest(fields.new_tokens, message)
-        new_tokens = asked or min(default or max(self.context - prompt_tokens, 1), self.most_new or self.context)
+        left = max(self.context - prompt_tokens, 1)
+        new_tokens = asked or min(default or left, left, self.most_new or left)
         if new_tokens >= self.context:
             message = f"{new_tokens} leaves no prompt in the context of {self.context} tokens; legal: 1 to {self.context - 1}"
             raise InvalidRequest(fields.new_tokens, message)
         if prompt_tokens + new_tokens > self.context:
             hint = f", or set {fields.truncate} to at most {self.context - new_tokens}" if fields.truncate else ""
-            raise InvalidRequest(
+            raise PromptTooLong(
                 fields.prompt,
                 f"{prompt_tokens} prompt tokens and {fields.new_tokens} {new_tokens} make {prompt_tokens + new_tokens}, above "
                 f"the context of {self.context} tokens; shorten the prompt, lower {fields.new_tokens}{hint}",
@@ -75,4 +77,4 @@ class TokenLimits:
             raise InvalidRequest(fields.prompt, "holds no token for this model; give some text")
         if self.longest_prompt is not None and prompt_tokens > self.longest_prompt:
             message = f"{prompt_tokens} prompt tokens are above this server's limit; legal: 1 to {self.longest_prompt}"
-            raise InvalidRequest(fields.prompt, message)
+            raise PromptTooLong(fields.prompt, message)

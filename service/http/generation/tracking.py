@@ -90,7 +90,7 @@ class RequestTracker:
         request = self._request
         seconds = time.monotonic() - self._started_at
         self._metrics.ended(request.adapter, self._rank, self._mode, outcome)
-        self._metrics.tokens(prompt=request.prompt_tokens, generated=self._tokens)
+        self._metrics.generated(self._tokens)
         line = entry(
             "request",
             request_id=request.request_id,

@@ -3,7 +3,6 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -17,6 +16,7 @@ from service.http.schemas import (
     MAX_ALTERNATIVES,
     MAX_STOP_CHARACTERS,
     Biases,
+    Body,
     Finite,
     Milliseconds,
     Name,
@@ -29,11 +29,13 @@ from service.http.schemas import (
     Switch,
     Temperature,
     Text,
+    few_keys,
     whole_text,
 )
 from service.slo import Slo
 
 MAX_STOPS = 4
+MAX_LABELS = 16
 MAX_CHOICES = 128
 """Sequences of one request: its prompts times the answers drawn for each."""
 DEFAULT_MAX_TOKENS = 16
@@ -101,10 +103,10 @@ Stops = Annotated[
 Label = Annotated[str, Field(strict=True, max_length=512)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """How to stream."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     include_usage: Switch = Field(False, description="Send the counts of tokens in a last chunk, without choices.")
     continuous_usage_stats: Switch = Field(
@@ -119,14 +121,14 @@ class StreamOptions(BaseModel):
         return self
 
 
-class OpenAIRequest(BaseModel):
+class OpenAIRequest(Body):
     """What both routes share.
 
     Tokens are drawn with temperature 1 unless `temperature` says otherwise; 0 is greedy. Log-probabilities are the model's
     own: before penalties, bias, temperature and filters.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     model: Name | None = Field(
         None,
@@ -142,15 +144,15 @@ class OpenAIRequest(BaseModel):
         None, description="Draw this many answers, each a choice."
     )
     temperature: Temperature | None = Field(None, description="Divides the logits; 0 is greedy. 1 unless given.")
-    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = Field(
-        None, description="Draw among the fewest tokens that have this probability together."
+    top_p: Annotated[Finite, Field(ge=0, le=1)] | None = Field(
+        None, description="Draw among the fewest tokens that have this probability together; 0 leaves the most probable one."
     )
     presence_penalty: Penalty | None = Field(None, description="Taken once from the logits of tokens in the answer.")
     frequency_penalty: Penalty | None = Field(
         None, description="Taken from the logits of tokens in the answer, once for each time that they occur."
     )
     logit_bias: Biases = Field(default_factory=dict, description="Token id to what is added to its logit, -100 to 100.")
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**64)] | None = Field(
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)] | None = Field(
         None, description="The same seed and system_fingerprint give the same text; drawn at random unless given."
     )
     stop: Stops = Field(default_factory=list, description="Generation ends before any of these; a text or up to four.")
@@ -173,7 +175,9 @@ class OpenAIRequest(BaseModel):
     truncate_prompt_tokens: PositiveInt | None = Field(None, description="vLLM: keep only this many last tokens of the prompt.")
 
     user: Label | None = Field(None, description=_LABELS)
-    metadata: Annotated[dict[Label, Label], Field(max_length=16)] | None = Field(None, description=_LABELS)
+    metadata: Annotated[dict[Label, Label], Field(max_length=MAX_LABELS), few_keys(MAX_LABELS)] | None = Field(
+        None, description=_LABELS
+    )
     safety_identifier: Label | None = Field(None, description=_LABELS)
     prompt_cache_key: Label | None = Field(None, description=_LABELS)
 
@@ -256,10 +260,10 @@ class CompletionRequest(OpenAIRequest):
         return self.best_of or self.choices
 
 
-class TextPart(BaseModel):
+class TextPart(Body):
     """A part of a message's content; OpenAI's other kinds are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     type: Literal["text"] = Field(description=f"OpenAI's other types are refused: {_TEXT_ONLY}.")
     text: PlainText
@@ -268,17 +272,17 @@ class TextPart(BaseModel):
 _CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": TextPart.model_json_schema()}]}
 
 
-class Message(BaseModel):
+class Message(Body):
     """One message of a conversation. Null fields, which clients send back with an assistant's message, ask for nothing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
         description="`developer` is OpenAI's newer word for system."
     )
-    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_parts), WithJsonSchema(_CONTENT_SCHEMA)] = Field(
-        description="Text, or a list of parts, which are joined by newlines."
-    )
+    content: Annotated[
+        list[TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_parts), WithJsonSchema(_CONTENT_SCHEMA)
+    ] = Field(description="Text, or a list of parts, which are joined by newlines.")
     name: Annotated[PlainText, Field(max_length=64)] | None = Field(
         None, description="Given to the chat template, which may use it."
     )
@@ -311,7 +315,7 @@ class ChatRequest(OpenAIRequest):
         }
     )
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: PositiveInt | None = Field(None, description="Older name of max_completion_tokens.")
     max_completion_tokens: PositiveInt | None = Field(
         None, description="Most new tokens; unless given, as many as the context leaves."

@@ -1,7 +1,10 @@
 """What the bodies of /v1 ask for."""
 
+from collections.abc import Callable
+
 from service.core import EngineProtocol, SamplingParams
 from service.errors import InvalidRequest
+from service.http.adapters.registry import UNNAMED
 from service.http.generation.prompt_length import check_length
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
@@ -16,14 +19,14 @@ from service.http.openai.schemas import (
 )
 from service.http.tgi.tasks import drawn_seed, given_or
 
-UNNAMED = ("dummy", "tgi")
-"""What Hugging Face's clients put into `model` where nothing was named."""
+IsKnown = Callable[[str], bool]
+"""Whether there is an adapter of a name, for the caller."""
 
 _COMPLETION_FIELDS = TokenFields("prompt", "max_tokens", "min_tokens", "truncate_prompt_tokens")
 _CHAT_FIELDS = TokenFields("messages", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens")
 
 
-def completion_task(body: CompletionRequest, base: str) -> Task:
+def completion_task(body: CompletionRequest, base: str, is_known: IsKnown) -> Task:
     """The task of a checked body; `base` is the base model's name.
 
     Raises:
@@ -46,7 +49,7 @@ def completion_task(body: CompletionRequest, base: str) -> Task:
         return _sampling(body, new_tokens, alternatives=body.logprobs or 0, prompt_logprobs=tells_prompt)
 
     return Task(
-        adapter=_adapter(body, base),
+        adapter=_adapter(body, base, is_known),
         rank=body.rank,
         policy=body.rank_policy,
         encode=encode,
@@ -60,7 +63,7 @@ def completion_task(body: CompletionRequest, base: str) -> Task:
     )
 
 
-def chat_task(body: ChatRequest, base: str) -> Task:
+def chat_task(body: ChatRequest, base: str, is_known: IsKnown) -> Task:
     """The task of a checked body; `base` is the base model's name.
 
     Raises:
@@ -83,7 +86,7 @@ def chat_task(body: ChatRequest, base: str) -> Task:
         return _sampling(body, new_tokens, alternatives=body.top_logprobs or 0)
 
     return Task(
-        adapter=_adapter(body, base),
+        adapter=_adapter(body, base, is_known),
         rank=body.rank,
         policy=body.rank_policy,
         encode=encode,
@@ -96,9 +99,9 @@ def chat_task(body: ChatRequest, base: str) -> Task:
     )
 
 
-def _adapter(body: OpenAIRequest, base: str) -> str | None:
+def _adapter(body: OpenAIRequest, base: str, is_known: IsKnown) -> str | None:
     """The adapter that `model` names: "" for the base, None where it leaves it open."""
-    if body.model in UNNAMED:
+    if body.model in UNNAMED and not is_known(body.model):
         return None
     return "" if body.model == base else body.model
 
@@ -130,7 +133,7 @@ def _sampling(body: OpenAIRequest, new_tokens: int, *, alternatives: int, prompt
         top_k=body.top_k,
         top_p=given_or(body.top_p, 1.0),
         min_p=given_or(body.min_p, 0.0),
-        seed=drawn_seed() if body.seed is None else body.seed,
+        seed=drawn_seed() if body.seed is None else body.seed % 2**64,
         stop=tuple(body.stop),
         stop_token_ids=tuple(body.stop_token_ids),
         include_stop=body.include_stop_str_in_output,

@@ -75,9 +75,7 @@ async def put_adapter(
     registry = services.registry
     owner = caller.name if caller.private_uploads else None
     # The name is claimed before the first byte is read: the second of two uploads learns it at once.
-    with registry.writing(name, caller.name), registry.new_upload() as folder:
-        if owner is not None:
-            registry.check_may_own(name)
+    with registry.writing(name, caller), registry.new_upload() as folder:
         files, in_form = await receive_upload(
             request.headers.get("content-type", ""),
             request.stream(),
@@ -95,10 +93,10 @@ async def put_adapter(
 @router.delete("/{name}", status_code=204, dependencies=_WRITE, responses=errors(404, 409, 503))
 async def delete_adapter(name: AdapterName, services: TheServices, caller: TheCaller) -> None:
     """Delete an adapter. Requests in flight keep it until they end."""
-    await changes.delete_adapter(services, name, caller.name)
+    await changes.delete_adapter(services, name, caller)
 
 
-@router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 503))
+@router.get("/{name}/export", response_class=FileResponse, dependencies=_READ, responses=errors(404, 503, 507))
 async def export_adapter(
     name: AdapterName,
     services: TheServices,
@@ -106,7 +104,9 @@ async def export_adapter(
     rank: Annotated[int | None, Query(ge=1, description="Rank to export; the largest unless given.")] = None,
 ) -> Response:
     """A PEFT checkpoint of one rank, as a zip: the same function in any reader of PEFT files."""
+    await services.exports.acquire()
     with ExitStack() as stack:
+        stack.callback(services.exports.release)
         scratch = stack.enter_context(services.registry.new_upload())
         path, rank = await to_thread.run_sync(services.registry.export, name, rank, scratch, caller.name)
         return _ScratchFile(str(path), f"{name}-rank{rank}.zip", stack.pop_all())

@@ -76,11 +76,12 @@ def arrival_of(request: Request, *, is_streamed: bool) -> Arrival:
 
 
 _MEANINGS = {
+    400: "Invalid; the message names every offender and what would be legal.",
     401: "No API key, or one that is not valid.",
     403: "The API key lacks the scope.",
     404: "No adapter of that name.",
     408: "The body came too slowly.",
-    409: "The name is in use by another upload, or by an adapter that is shared.",
+    409: "The name is in use by another upload, or by an adapter that is shared and that the API key may not change.",
     413: "The body is too large.",
     415: "Neither multipart nor zip.",
     422: "Invalid; the message names every offender and what would be legal.",
@@ -88,7 +89,7 @@ _MEANINGS = {
     500: "The engine failed on this request.",
     503: "The queue is full, or the server is loading or draining; see Retry-After.",
     504: "The request was not complete by its deadline.",
-    507: "The store is full.",
+    507: "The store, or its disk, is full.",
 }
 
 
@@ -103,8 +104,10 @@ def event_stream(description: str) -> dict[int | str, dict[str, Any]]:
 
 
 def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route under /v1."""
-    return {status: {"model": OpenAIError, "description": _MEANINGS[status]} for status in statuses}
+    """`responses` of a route under /v1. FastAPI adds a 422 of its own to a document that leaves others out."""
+    listed: dict[int | str, dict[str, Any]]
+    listed = {status: {"model": OpenAIError, "description": _MEANINGS[status]} for status in statuses}
+    return listed | {"default": {"model": OpenAIError, "description": "Any other error."}}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """POST /v1/completions and /v1/chat/completions, GET /v1/models: what OpenAI's clients and vLLM's speak."""
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
@@ -21,7 +22,7 @@ router = APIRouter(
     prefix="/v1",
     tags=["openai"],
     dependencies=[needs(Scope.GENERATE), ONLY_KNOWN_QUERIES],
-    responses=openai_errors(401, 403, 422, 429, 500),
+    responses=openai_errors(400, 401, 403, 429, 500),
 )
 _GENERATING = openai_errors(404, 408, 413, 503, 504)
 
@@ -30,9 +31,9 @@ _OR_STREAM = event_stream("Whole; with stream, server-sent events, each OpenAI's
 
 
 @router.post("/completions", response_model=Completion, responses={**_OR_STREAM, **_GENERATING})
-async def completions(body: CompletionRequest, request: Request, services: TheServices) -> Response:
+async def completions(body: CompletionRequest, request: Request, services: TheServices, caller: TheCaller) -> Response:
     """Go on from prompts, as OpenAI's completions do."""
-    task = completion_task(body, services.engine.model.name)
+    task = completion_task(body, services.engine.model.name, partial(services.registry.knows, viewer=caller.name))
     engine = services.engine
 
     def heading(submitted: Submitted) -> Heading:
@@ -52,9 +53,9 @@ async def completions(body: CompletionRequest, request: Request, services: TheSe
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses={**_OR_STREAM, **_GENERATING})
-async def chat_completions(body: ChatRequest, request: Request, services: TheServices) -> Response:
+async def chat_completions(body: ChatRequest, request: Request, services: TheServices, caller: TheCaller) -> Response:
     """Go on with a conversation, through the model's chat template."""
-    task = chat_task(body, services.engine.model.name)
+    task = chat_task(body, services.engine.model.name, partial(services.registry.knows, viewer=caller.name))
 
     def heading(submitted: Submitted) -> Heading:
         return Heading.of(services, submitted, f"chatcmpl-{request.state.request_id}")

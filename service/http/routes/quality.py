@@ -14,7 +14,7 @@ from service.http.adapters.calibration import METRIC, Job, JobState, MeasuredTex
 from service.http.generation.submit import tokenizing
 from service.http.latencies import Percentiles
 from service.http.routes.common import ONLY_KNOWN_QUERIES, AdapterName, TheCaller, TheServices, errors, needs
-from service.http.schemas import PlainText, PositiveInt, Text
+from service.http.schemas import Body, PlainText, PositiveInt, Text
 from service.keys import Scope
 
 router = APIRouter(
@@ -53,10 +53,8 @@ def _example(value: object) -> object:
     return {"completion": value} if isinstance(value, str) else value
 
 
-class Example(BaseModel):
+class Example(Body):
     """A text to measure, or a completion after its prompt."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompt: PlainText = ""
     completion: Text
@@ -70,11 +68,10 @@ _EXAMPLES_SCHEMA = {
 }
 
 
-class CalibrationRequest(BaseModel):
+class CalibrationRequest(Body):
     """Texts, and the ranks to measure them at."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [{"examples": [{"prompt": "food[Thai] =>", "completion": " It serves Thai food."}], "ranks": [1, 4]}]
         },
@@ -82,10 +79,10 @@ class CalibrationRequest(BaseModel):
 
     examples: Annotated[
         list[Annotated[Example, BeforeValidator(_example)]],
-        Field(min_length=1, max_length=MAX_EXAMPLES),
+        Field(min_length=1, max_length=MAX_EXAMPLES, fail_fast=True),
         WithJsonSchema(_EXAMPLES_SCHEMA),
     ] = Field(description="Texts, or prompts with completions, whose tokens alone are then measured.")
-    ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = Field(
+    ranks: Annotated[list[PositiveInt], Field(min_length=1, fail_fast=True)] | None = Field(
         None, description="Unless given all, or the powers of two and the largest where there are many."
     )
     source: Annotated[PlainText, Field(max_length=500)] | None = Field(
@@ -155,7 +152,7 @@ async def calibrate(
         served.choice(rank)
     texts = await tokenizing(partial(_measured_texts, body.examples), services.engine)
     source = body.source or f"calibration on {len(texts)} texts, {datetime.now(UTC):%Y-%m-%d}"
-    job = services.calibrations.start(name, ranks, texts, source, caller.name)
+    job = services.calibrations.start(name, ranks, texts, source, caller)
     response.headers["Location"] = f"/adapters/{name}/calibration/{job.id}"
     return _out(job)
 
@@ -169,12 +166,13 @@ async def calibration(
     return _out(services.calibrations.get(name, job))
 
 
-@router.delete("/{name}/calibration/{job}", dependencies=[needs(Scope.ADAPTERS_WRITE)])
+@router.delete("/{name}/calibration/{job}", dependencies=[needs(Scope.ADAPTERS_WRITE)], responses=errors(409))
 async def cancel_calibration(
     name: AdapterName, job: Annotated[str, Path(max_length=64)], services: TheServices, caller: TheCaller
 ) -> JobOut:
     """End a calibration, and how it ended: one that was over before stays as it was. The quality profile is left as it is."""
     services.registry.get(name, caller.name)
+    services.registry.check_may_change(name, caller)
     found = services.calibrations.get(name, job)
     await services.calibrations.cancel(found)
     return _out(found)

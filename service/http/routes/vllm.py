@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from anyio import to_thread
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from service.errors import InvalidRequest
 from service.http.adapters.changes import delete_adapter, put_adapter
@@ -22,14 +22,14 @@ from service.http.routes.common import (
     openai_errors,
     plain_text,
 )
-from service.http.schemas import Name, Switch, Text
+from service.http.schemas import Body, Name, Switch, Text
 from service.keys import Scope
 
 router = APIRouter(
     prefix="/v1",
     tags=["vllm"],
     dependencies=[needs(Scope.ADAPTERS_WRITE), ONLY_KNOWN_QUERIES],
-    responses=openai_errors(401, 403, 404, 408, 409, 413, 422, 429, 503, 507),
+    responses=openai_errors(400, 401, 403, 404, 408, 409, 413, 429, 503, 507),
 )
 
 _DONE = plain_text("What vLLM says.")
@@ -37,12 +37,10 @@ _DONE = plain_text("What vLLM says.")
 LoraName = Annotated[Name, Field(description=ADAPTER_NAME, json_schema_extra=NAME_SCHEMA)]
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(Body):
     """A folder with a PEFT checkpoint, and what it shall be called."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"lora_name": "mine", "lora_path": "mine-checkpoint"}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "mine", "lora_path": "mine-checkpoint"}]})
 
     lora_name: LoraName
     lora_path: Annotated[Text, Field(max_length=4096)] = Field(
@@ -52,10 +50,10 @@ class LoadRequest(BaseModel):
     base_model_name: Annotated[Any, NotServed(instead="the adapter must fit the model that is served")] = None
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Body):
     """The adapter that shall go."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"lora_name": "mine"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "mine"}]})
 
     lora_name: LoraName
     lora_int_id: Annotated[Any, NotServed()] = None
@@ -67,9 +65,7 @@ async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: Th
     services.check_accepting()
     registry, settings, name = services.registry, services.settings, body.lora_name
     owner = caller.name if caller.private_uploads else None
-    with registry.writing(name, caller.name), registry.new_upload() as folder:
-        if owner is not None:
-            registry.check_may_own(name)
+    with registry.writing(name, caller), registry.new_upload() as folder:
         if not body.load_inplace and registry.holds(name):
             raise InvalidRequest("lora_name", f"{name!r} is loaded already; set load_inplace to replace it")
         copy = partial(copy_from, settings.lora_load_dir, body.lora_path, folder, max_bytes=settings.max_adapter_bytes)
@@ -81,5 +77,5 @@ async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: Th
 @router.post("/unload_lora_adapter", response_model=None, responses=_DONE)
 async def unload_lora_adapter(body: UnloadRequest, services: TheServices, caller: TheCaller) -> PlainTextResponse:
     """Delete an adapter, as DELETE /adapters/{id} does."""
-    await delete_adapter(services, body.lora_name, caller.name)
+    await delete_adapter(services, body.lora_name, caller)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
