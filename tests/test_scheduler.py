@@ -250,6 +250,23 @@ def test_one_adapters_flood_delays_another_by_one_prompt() -> None:
     assert admitted.index(late) in (3, 4)
 
 
+def test_long_answers_count_as_long_prompts_do() -> None:
+    scheduler = Scheduler(BlockPool(1000, 4), max_running=2, max_batch_tokens=64, prefix_cache=False)
+    kinds = {"a": (CHOICES[1], 4, 36), "b": (CHOICES[3], 36, 4)}  # prompt tokens, answer tokens
+    made: dict[str | None, int] = dict.fromkeys(kinds, 0)
+    for _ in range(2000):
+        for choice, prompt, new in kinds.values():
+            while sum(each.version == choice.version for each in scheduler.sequences()) < 4:
+                scheduler.add(sequence(prompt, new, choice))
+        for chunk in run_step(scheduler).chunks:
+            each = chunk.sequence
+            if each.generated == each.request.sampling.max_new_tokens:
+                scheduler.finish(each)
+                made[each.version] += 1
+    assert made["a"] > 50
+    assert abs(made["a"] - made["b"]) <= 3
+
+
 def test_the_youngest_gives_way_and_comes_back_before_all_others() -> None:
     pool = BlockPool(6, 2)
     scheduler = Scheduler(pool, max_running=2, max_batch_tokens=16, prefix_cache=False)
