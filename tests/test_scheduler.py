@@ -223,6 +223,19 @@ def test_sequences_of_one_prompt_share_its_prefill_though_they_come_at_once(
     assert prompt_tokens == (42 + 3 * 2 if is_shared else 4 * 42)
 
 
+def test_what_must_be_repeatable_shares_no_keys_with_what_may_run_merged() -> None:
+    scheduler = Scheduler(BlockPool(100, 4), max_running=4, max_batch_tokens=64)
+    sampling = SamplingParams(max_new_tokens=5, do_sample=True, is_repeatable=True)
+    free = sequence(12, 5, CHOICES[1])
+    known, again = (Sequence(GenerationRequest("r", free.request.prompt_ids, sampling, CHOICES[1])) for _ in range(2))
+    starts = []
+    for each in (free, known, again):
+        scheduler.add(each)
+        starts.append(run_step(scheduler).chunks[0].start)
+        scheduler.finish(each)
+    assert starts == [0, 0, 8]
+
+
 def test_whose_prefill_others_wait_for_may_be_aborted() -> None:
     scheduler = Scheduler(BlockPool(100, 4), max_running=8, max_batch_tokens=24)
     first, second = sequence(42, 5), sequence(42, 5)

@@ -74,6 +74,12 @@ class Sequence:
         return len(self.tokens) - 1
 
     @property
+    def is_repeatable(self) -> bool:
+        """Whether all of it has to run in one mode, whatever runs beside it."""
+        sampling = self.request.sampling
+        return sampling.is_repeatable and sampling.do_sample and self.choice is not None
+
+    @property
     def version(self) -> str | None:
         """The adapter it runs with, whatever the rank."""
         return self.choice.version if self.choice is not None else None
@@ -327,7 +333,8 @@ class Scheduler:
         return False
 
     def _extend_digests(self, sequence: Sequence, blocks: int) -> None:
-        among = None if self._prefix_cache else sequence.request.group
+        group = None if self._prefix_cache else sequence.request.group
+        among = (group, sequence.is_repeatable)  # merged steps, which others may have run, round otherwise
         self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.choice, blocks=blocks, among=among)
 
     def _name_blocks(self, chunk: Chunk) -> None:
