@@ -69,7 +69,9 @@ class SamplingParams:
             2407.01082); in [0, 1].
         typical_p: keep the tokens whose information is nearest the expected one, until their probability reaches p
             (Meister et al., arXiv 2202.00666); in (0, 1].
-        seed: the same seed gives the same text, whatever else is in the batch.
+        seed: of the random numbers that tokens are drawn with.
+        is_repeatable: the same seed gives the same text, whatever else is in the batch; for a seed that the client knows.
+            Without, steps may run with merged weights, which round otherwise.
         stop: generation ends after any of these texts.
         stop_token_ids: generation ends after any of these tokens.
         include_stop: the stop text, or the text of the stop token, is part of the answer, as TGI and LoRAX have it. Without,
@@ -92,6 +94,7 @@ class SamplingParams:
     min_p: float = 0.0
     typical_p: float = 1.0
     seed: int = 0
+    is_repeatable: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = True

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from adapters.adapter import LowRank
+from adapters.adapter import Adapter, LowRank
+from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import IllegalRank, InvalidAdapter
 from service.core import (
     Aborted,
@@ -200,6 +201,31 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(caplog: py
         assert isinstance(end.error, EngineFailed)
         assert "fell off the bus" in caplog.text
         assert generate(engine, [request()])[0].tokens == expected
+
+
+def test_an_adapter_for_which_memory_is_lacking_ends_its_own_request_alone() -> None:
+    model = tiny_model("llama")
+    rank = 1 << 45  # of which no machine can hold the columns; its own numbers are one row, seen again and again
+    small = random_dylora("llama", model, seed=0)
+    modules = {
+        path: LowRank(factors.a[:1].expand(rank, -1), factors.b[:, :1].expand(-1, rank))
+        for path, factors in small.modules.items()
+    }
+    giant = Adapter(AdapterConfig(AdapterKind.LORA, rank, 1.0), modules)
+    with running_engine(model, {"v": small, "giant": giant}) as engine:
+        asked = [
+            request("base"),
+            request("giant", choice=AdapterChoice("giant", rank, 1.0)),
+            request("v", choice=dylora_choice()),
+        ]
+        clients = [Client() for _ in asked]
+        for _ in range(2):
+            engine.submit_all(list(zip(asked, clients, strict=True)))
+            failed = clients[1].end
+            assert isinstance(failed, Failed)
+            assert f"no room for its adapter of rank {rank}" in str(failed.error)
+            assert all(len(client.tokens) == 200 for client in (clients[0], clients[2]))
+            clients = [Client() for _ in asked]
 
 
 def test_a_sink_that_raises_harms_nobody_else(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adapters.adapter import Adapter, LowRank
-from service.core import AdapterChoice, Compile, Finished, GenerationRequest, Mode, SamplingParams
+from service.core import AdapterChoice, Compile, Finished, GenerationRequest, Mode, SamplingParams, TokenEvent
 from service.engine.options import EngineOptions
 from tests.engine_harness import Reports, generate, generate_merged, random_dylora, running_engine
 from tests.tiny_models import some_tokens, tiny_model
@@ -53,3 +53,24 @@ def test_half_precision_differs_by_its_rounding(kind: str, dtype: torch.dtype) -
     assert {Mode.MIXED, Mode.MERGED} <= {report.mode for report in reports.steps}
     for found in (mixed, merged):
         assert (found - exact).norm() < CLOSE[dtype] * exact.norm()
+
+
+def test_a_seed_that_the_client_knows_gives_the_same_text_alone_and_in_company() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    adapters = {f"v{seed}": random_dylora("llama", model, seed=seed) for seed in range(2)}
+    own, other = (AdapterChoice(version, 8, 0.5) for version in adapters)
+    prompt = tuple(some_tokens(rows=1, length=40)[0].tolist())
+    free = SamplingParams(max_new_tokens=60, do_sample=True, ignore_eos=True)
+    company = [GenerationRequest(f"o{n}", prompt[n:], free, other) for n in range(3)]
+    reports = Reports()
+    options = EngineOptions(merge_after_steps=1, compile=Compile.OFF)
+    with running_engine(model, adapters, options, reports) as engine:
+        generate(engine, [GenerationRequest("first", prompt, free, own)])
+        reports.wait_for_merges(1)
+        for seed in range(4):
+            known = GenerationRequest("known", prompt, replace(free, seed=seed, is_repeatable=True), own)
+            alone = generate(engine, [known])[0]
+            assert generate(engine, [known, *company])[0].tokens == alone.tokens
+            assert alone.finished.mode is Mode.MIXED
+            unknown = generate(engine, [GenerationRequest("unknown", prompt, free, own)])[0]
+            assert Mode.MERGED in {event.mode for event in unknown.events if isinstance(event, TokenEvent)}

@@ -56,26 +56,66 @@ def test_an_item_that_is_removed_is_not_served() -> None:
         queue.remove("b", second)
 
 
-arrivals = st.tuples(st.sampled_from(FLOWS), st.integers(1, LARGEST))
+def test_work_on_what_was_taken_counts_too() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for flow in "ab":
+        for number in range(3):
+            queue.add(flow, f"{flow}{number}")
+    assert queue.take(cost=1) == "a0"
+    for _ in range(50):
+        queue.count("a", 1)
+    assert [queue.take(cost=20) for _ in range(5)] == ["b0", "b1", "b2", "a1", "a2"]
 
 
-@given(st.lists(arrivals | st.none(), max_size=120))
-def test_while_two_flows_wait_neither_gets_more_than_two_items_ahead(events: list[tuple[str | None, int] | None]) -> None:
-    """None takes the next item; the others arrive."""
-    queue: FairQueue[tuple[str | None, int]] = FairQueue()
+def test_a_flow_that_begins_to_wait_is_owed_nothing_for_the_work_on_others() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add("busy", "busy")
+    queue.take(cost=1)
+    for _ in range(1000):
+        queue.count("busy", 1)
+    for _ in range(4):
+        queue.add("idle", "idle")
+        queue.add("busy", "busy")
+    assert [queue.take(cost=LARGEST) for _ in range(4)] == ["idle", "busy", "idle", "busy"]
+
+
+AT_A_TIME, LATER = 3, 40
+"""Items that are worked on at a time, and what each may cost after it was taken."""
+
+arrivals = st.tuples(st.sampled_from(FLOWS), st.integers(1, LARGEST), st.integers(0, LATER))
+
+
+@given(st.lists(arrivals | st.none() | st.integers(1, LATER), max_size=120))
+def test_while_two_flows_wait_neither_gets_further_ahead_than_stated(
+    events: list[tuple[str | None, int, int] | int | None],
+) -> None:
+    """None takes the next item, a number works so much on each that was taken; the others arrive."""
+    queue: FairQueue[tuple[str | None, int, int]] = FairQueue()
     waiting: dict[str | None, int] = dict.fromkeys(FLOWS, 0)
+    worked_on: list[tuple[str | None, int]] = []  # with what is left of each
     ahead: dict[tuple[str | None, str | None], int] = {}  # work of one minus that of the other, since both wait
+
+    def worked(flow: str | None, cost: int) -> None:
+        for pair in itertools.permutations(FLOWS, 2):
+            if waiting[pair[0]] and waiting[pair[1]] and flow in pair:
+                ahead[pair] = ahead.get(pair, 0) + (cost if flow == pair[0] else -cost)
+
     for event in events:
-        if event is not None:
+        if isinstance(event, tuple):
             queue.add(event[0], event)
             waiting[event[0]] += 1
-        elif len(queue):
-            flow, cost = queue.head()
-            assert queue.take(cost) == (flow, cost)
-            for pair in itertools.permutations(FLOWS, 2):
-                if waiting[pair[0]] and waiting[pair[1]] and flow in pair:
-                    ahead[pair] = ahead.get(pair, 0) + (cost if flow == pair[0] else -cost)
+        elif isinstance(event, int):
+            for flow, left in worked_on:
+                queue.count(flow, min(event, left))
+                worked(flow, min(event, left))
+            worked_on = [(flow, left - event) for flow, left in worked_on if left > event]
+        elif len(queue) and len(worked_on) < AT_A_TIME:
+            flow, cost, later = queue.head()
+            assert queue.take(cost) == (flow, cost, later)
+            worked(flow, cost)
             waiting[flow] -= 1
-        ahead = {pair: lead for pair, lead in ahead.items() if waiting[pair[0]] and waiting[pair[1]]}
-        assert all(abs(lead) <= 2 * LARGEST for lead in ahead.values())
+            worked_on.append((flow, later))
+        for pair in [pair for pair in ahead if not (waiting[pair[0]] and waiting[pair[1]])]:
+            del ahead[pair]
+        assert all(abs(lead) <= 2 * (LARGEST + AT_A_TIME * LATER) for lead in ahead.values())
         assert len(queue) == sum(waiting.values())

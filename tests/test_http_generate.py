@@ -137,6 +137,8 @@ def test_a_drawn_seed_is_told_and_reproduces_the_text(server: Server) -> None:
     first = server.generate(do_sample=True, details=True).json()
     again = server.generate(do_sample=True, seed=first["details"]["seed"]).json()
     assert again["generated_text"] == first["generated_text"]
+    server.generate(do_sample=True)
+    assert [request.sampling.is_repeatable for request in server.engine.submitted[-3:]] == [True, True, False]
 
 
 def test_stop_keeps_its_text_and_full_text_has_the_prompt(server: Server) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.attention import AttentionCall
-from service.engine.kv_cache import CacheRoom, KVCache, LayerShape, Span
+from service.engine.kv_cache import CacheRoom, KVCache, LayerShape, NativeAttention, Span
 from service.engine.native.kernels import kernels
 from tests.native_widths import WIDTHS, kernels_of
 
@@ -140,3 +140,14 @@ def test_a_long_row_has_the_same_bits_alone_and_beside_others_by_any_number_of_t
             assert torch.equal(attend([0, 5]), together[[0, 5]])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(kernels() is None, reason="there is no C compiler")
+def test_a_long_context_costs_those_beside_it_no_room_in_the_layout_of_a_step() -> None:
+    layer = nn.Identity()
+    room = CacheRoom({layer: LayerShape(KV_HEADS, DIM, DIM, None)}, 1, 16, torch.float32, torch.device("cpu"))
+    spans = [Span(10_000, 1, range(626)), *(Span(20, 1, range(2)) for _ in range(31)), Span(0, 100, range(7))]
+    planned = KVCache(room, kernels()).plan(spans)
+    assert isinstance(planned, NativeAttention)
+    *_, blocks = planned.seen.held
+    assert len(blocks) == 626 + 31 * 2 + 7

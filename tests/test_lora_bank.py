@@ -113,6 +113,60 @@ def test_a_bank_grows_for_adapters_in_use_and_reuses_the_room_of_idle_ones() -> 
     assert bank.nbytes > small
 
 
+def beyond_any_memory() -> Adapter:
+    """Of a rank whose columns no machine can hold; its own numbers are one row, seen again and again."""
+    rank = 1 << 45
+    factors = LowRank(torch.zeros(1, WIDTH).expand(rank, WIDTH), torch.zeros(OUT, 1).expand(OUT, rank))
+    return Adapter(AdapterConfig(AdapterKind.LORA, rank, 1.0), {"lin": factors})
+
+
+@pytest.mark.parametrize("has_columns", [True, False])
+@torch.inference_mode()
+def test_an_adapter_for_which_memory_is_lacking_leaves_the_bank_as_it_was(has_columns: bool) -> None:
+    toy = Toy()
+    bank = bank_of(toy, columns=4)
+    one = adapter(1)
+    if has_columns:
+        bank.acquire("one", one)
+    with pytest.raises(RuntimeError):
+        bank.acquire("giant", beyond_any_memory())
+    assert (bank.resident, bank.users) == (has_columns, has_columns)
+    for version in ("one", "two", "three"):  # room for one of them alone, so the bank grows
+        bank.acquire(version, one)
+    ids = torch.randint(VOCAB, (1, 3))
+    choices = [choice(version, one, 3) for version in ("one", "two", "three")]
+    with lora_step(bank.step(choices, [1, 1, 1], torch.arange(3))):
+        mixed = toy(ids)
+    with lora_step(merge(one, choices[0], bank.site)):
+        torch.testing.assert_close(mixed, toy(ids), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_columns_are_given_back_when_few_are_needed_and_nobody_uses_them() -> None:
+    toy = Toy()
+    bank = bank_of(toy, columns=4)
+    adapters = {f"v{number}": adapter(number) for number in range(8)}
+    for version, each in adapters.items():
+        bank.acquire(version, each)
+    large = bank.nbytes
+    for version in adapters:
+        bank.release(version)
+    assert bank.nbytes == large  # all may be asked for again
+    bank.acquire("v7", adapters["v7"])
+    for version in list(adapters)[:7]:
+        bank.forget(version)
+    assert (bank.resident, bank.nbytes) == (1, large)  # a step may run with them
+    bank.release("v7")
+    assert (bank.resident, bank.nbytes) == (0, 0)
+    bank.acquire("v7", adapters["v7"])
+    assert 0 < bank.nbytes < large / 4
+    ids = torch.randint(VOCAB, (1, 2))
+    with lora_step(bank.step([choice("v7", adapters["v7"], 3)], [2], torch.arange(2))):
+        mixed = toy(ids)
+    with lora_step(merge(adapters["v7"], choice("v7", adapters["v7"], 3), bank.site)):
+        torch.testing.assert_close(mixed, toy(ids), rtol=1e-5, atol=1e-5)
+
+
 @torch.inference_mode()
 def test_a_new_owner_never_sees_the_numbers_of_the_former_one() -> None:
     toy = Toy()

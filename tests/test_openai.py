@@ -118,8 +118,8 @@ def test_the_engine_is_told_what_was_asked(server: Server) -> None:
     }  # fmt: skip
     expected = SamplingParams(
         max_new_tokens=5, min_new_tokens=2, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=-1,
-        logit_bias=((7, 2.0),), do_sample=True, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, seed=11, stop=("x",),
-        stop_token_ids=(3,), include_stop=True, ignore_eos=True,
+        logit_bias=((7, 2.0),), do_sample=True, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, seed=11, is_repeatable=True,
+        stop=("x",), stop_token_ids=(3,), include_stop=True, ignore_eos=True,
     )  # fmt: skip
     for ask in (complete, chat):
         good(ask(server, **fields))
@@ -127,7 +127,7 @@ def test_the_engine_is_told_what_was_asked(server: Server) -> None:
     good(complete(server, stop=["a", "b"], top_k=-1, logprobs=4, truncate_prompt_tokens=2))
     assert server.engine.submitted[-1].prompt_ids == tuple(b"lo")
     assert (last_sampling(server).stop, last_sampling(server).top_k) == (("a", "b"), None)
-    assert last_sampling(server).alternatives == 4
+    assert (last_sampling(server).alternatives, last_sampling(server).is_repeatable) == (4, False)
 
 
 def test_defaults_are_openais(server: Server) -> None:

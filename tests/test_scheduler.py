@@ -227,6 +227,19 @@ def test_sequences_of_one_prompt_share_its_prefill_though_they_come_at_once(
     assert prompt_tokens == (42 + 3 * 2 if is_shared else 4 * 42)
 
 
+def test_what_must_be_repeatable_shares_no_keys_with_what_may_run_merged() -> None:
+    scheduler = Scheduler(BlockPool(100, 4), max_running=4, max_batch_tokens=64)
+    sampling = SamplingParams(max_new_tokens=5, do_sample=True, is_repeatable=True)
+    free = sequence(12, 5, CHOICES[1])
+    known, again = (Sequence(GenerationRequest("r", free.request.prompt_ids, sampling, CHOICES[1])) for _ in range(2))
+    starts = []
+    for each in (free, known, again):
+        scheduler.add(each)
+        starts.append(run_step(scheduler).chunks[0].start)
+        scheduler.finish(each)
+    assert starts == [0, 0, 8]
+
+
 def test_whose_prefill_others_wait_for_may_be_aborted() -> None:
     scheduler = Scheduler(BlockPool(100, 4), max_running=8, max_batch_tokens=24)
     first, second = sequence(42, 5), sequence(42, 5)
@@ -259,6 +272,23 @@ def test_a_flood_delays_others_by_one_prompt(
         admitted += [chunk.sequence for chunk in batch.chunks]
         scheduler.finish(batch.chunks[0].sequence)
     assert admitted.index(late) in (3, 4)
+
+
+def test_long_answers_count_as_long_prompts_do() -> None:
+    scheduler = Scheduler(BlockPool(1000, 4), max_running=2, max_batch_tokens=64, prefix_cache=False)
+    kinds = {"a": (CHOICES[1], 4, 36), "b": (CHOICES[3], 36, 4)}  # prompt tokens, answer tokens
+    made: dict[str | None, int] = dict.fromkeys(kinds, 0)
+    for _ in range(2000):
+        for choice, prompt, new in kinds.values():
+            while sum(each.version == choice.version for each in scheduler.sequences()) < 4:
+                scheduler.add(sequence(prompt, new, choice))
+        for chunk in run_step(scheduler).chunks:
+            each = chunk.sequence
+            if each.generated == each.request.sampling.max_new_tokens:
+                scheduler.finish(each)
+                made[each.version] += 1
+    assert made["a"] > 50
+    assert abs(made["a"] - made["b"]) <= 3
 
 
 def test_the_youngest_gives_way_and_comes_back_before_all_others() -> None:

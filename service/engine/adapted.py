@@ -59,7 +59,7 @@ class AdaptedModule(nn.Module):
         self._out_features = site.out_features
         self._products: Products | None = None
         self.layout = 0
-        """Counts how often `a` and `b` were replaced by larger ones."""
+        """Counts how often `a` and `b` were replaced by others."""
         self._number = number_of(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -106,12 +106,12 @@ class AdaptedModule(nn.Module):
         return self.a.numel() > 0
 
     def resize(self, columns: int) -> None:
-        """Make room for `columns` columns, keeping those held."""
-        site, held = self.site, len(self.a)
+        """Hold `columns` columns, the first of them as they are. If there is no memory for them, nothing is changed."""
+        site, held = self.site, min(len(self.a), columns)
         a = site.weight.new_zeros(columns, site.in_features)
         b = site.weight.new_zeros(columns, site.out_features)
         if held:
-            a[:held], b[:held] = self.a, self.b
+            a[:held], b[:held] = self.a[:held], self.b[:held]
         self.a, self.b, self._products = a, b, None
         self.layout += 1
 

@@ -325,9 +325,11 @@ class Engine:
 
     def _execute(self, batch: Batch) -> None:
         started = time.monotonic()
+        batch = Batch(tuple(chunk for chunk in batch.chunks if self._admit(self._tickets[chunk.sequence], started)))
+        if not batch.chunks:
+            return
         tickets = [self._tickets[chunk.sequence] for chunk in batch.chunks]
         try:
-            self._admit(tickets, started)
             rows = pack(batch, self._runner.device)
             mode, step = self._planner.plan(batch, tickets[0].adapter, rows)
             chosen = self._runner.run(batch, rows, step)
@@ -350,14 +352,22 @@ class Engine:
         if self._observer is not None:
             self._observer.on_step(batch.report(mode, now - started))
 
-    def _admit(self, tickets: list[Ticket], now: float) -> None:
-        for ticket in tickets:
-            if ticket.scheduled is None:
-                ticket.scheduled = now
-            choice = ticket.request.adapter
-            if choice is not None and ticket.adapter is not None and not ticket.has_columns:
-                self._bank.acquire(choice.version, ticket.adapter)
-                ticket.has_columns = True
+    def _admit(self, ticket: Ticket, now: float) -> bool:
+        """Give a request's adapter its columns. If there is no memory for them the request ends, and the step's others run."""
+        if ticket.scheduled is None:
+            ticket.scheduled = now
+        choice = ticket.request.adapter
+        if choice is None or ticket.adapter is None or ticket.has_columns:
+            return True
+        try:
+            self._bank.acquire(choice.version, ticket.adapter)
+        except Exception as error:  # whatever a driver raises
+            log.exception("an adapter of rank %d found no room", ticket.adapter.config.r_max)
+            reason = f"no room for its adapter of rank {ticket.adapter.config.r_max} beside those in use: {error}"
+            self._end(ticket, Failed(ticket.request.request_id, EngineFailed(reason)))
+            return False
+        ticket.has_columns = True
+        return True
 
     def _end(self, ticket: Ticket, event: Finished | Aborted | Failed) -> None:
         """Free all that a request holds, then tell its sink. The only place where requests end."""

@@ -18,17 +18,21 @@ class _Line(Generic[Item]):
 
 
 class FairQueue(Generic[Item]):
-    """The flow that was given the least work goes next: start-time fair queuing (Goyal, Vin and Cheng, SIGCOMM 1996), which
-    the Virtual Token Counter (Sheng et al., OSDI 2024) brought to language models.
+    """The flow that was given the least work goes next: the Virtual Token Counter (Sheng et al., OSDI 2024), which brought
+    start-time fair queuing (Goyal, Vin and Cheng, SIGCOMM 1996) to language models. What an item costs is counted in part
+    when it is taken, the rest while it is worked on.
 
-    A flow that begins to wait starts at the level of the one served last: it is owed nothing for the time when it asked
-    for nothing. With L the largest cost of an item, that bounds what can happen, whatever arrives: while two flows both
-    wait, the work given to one is at most 2 L more than that given to the other. So the first item of a flow waits for at
-    most 2 L of each other flow, and for a single item of each if its own flow has no lead.
+    A flow that begins to wait starts at least at the level: what those who wait were given at least, or while nobody waits
+    the flow that was served last. It is owed nothing for the time when it asked for nothing. With L the largest cost of a
+    take, and M the most that is still to be counted of the items of one flow that are worked on at a time, that bounds what
+    can happen, whatever arrives: while two flows both wait, the work given to one is at most 2 (L + M) more than that given
+    to the other. So the first item of a flow waits for at most that much of each other flow, and for a single item of each
+    if its own flow has no lead.
     """
 
     def __init__(self) -> None:
         self._lines: dict[Hashable, _Line[Item]] = {}
+        self._served: _Line[Item] = _Line(0)
         self._level = 0
         self._arrivals = 0
         self._length = 0
@@ -38,6 +42,7 @@ class FairQueue(Generic[Item]):
 
     def add(self, flow: Hashable, item: Item) -> None:
         """Put an item at the end of its flow's line."""
+        self._raise_level()
         line = self._lines.setdefault(flow, _Line(self._level))
         if not line.items:
             line.given = max(line.given, self._level)
@@ -46,7 +51,7 @@ class FairQueue(Generic[Item]):
         self._length += 1
 
     def head(self) -> Item:
-        """The item that goes next; among equals the one that came first.
+        """The item that goes next; among equals one of another flow than was served last, then the one that came first.
 
         Raises:
             LookupError: nothing waits.
@@ -54,7 +59,7 @@ class FairQueue(Generic[Item]):
         return self._lines[self._next()].items[0][1]
 
     def take(self, cost: int) -> Item:
-        """Remove the item that goes next and count its work.
+        """Remove the item that goes next and count what is known of its work.
 
         Raises:
             LookupError: nothing waits.
@@ -63,10 +68,15 @@ class FairQueue(Generic[Item]):
         line = self._lines[flow]
         _, item = line.items.popleft()
         self._length -= 1
-        self._level = line.given
+        self._level = max(self._level, line.given)
+        self._served = line
         line.given += cost
         self._forget_idle()
         return item
+
+    def count(self, flow: Hashable, cost: int) -> None:
+        """Count more of the work of a flow's items that were taken."""
+        self._lines.setdefault(flow, _Line(self._level)).given += cost
 
     def remove(self, flow: Hashable, item: Item) -> None:
         """Remove an item, wherever it stands.
@@ -87,12 +97,20 @@ class FairQueue(Generic[Item]):
         return [item for _, item in sorted(chain(*(line.items for line in self._lines.values())), key=lambda each: each[0])]
 
     def _next(self) -> Hashable:
-        waiting = [(line.given, line.items[0][0], flow) for flow, line in self._lines.items() if line.items]
+        waiting = [flow for flow, line in self._lines.items() if line.items]
         if not waiting:
             raise LookupError("nothing waits")
-        return min(waiting, key=lambda each: each[:2])[2]
+        return min(waiting, key=lambda flow: self._order(self._lines[flow]))
+
+    def _order(self, line: _Line[Item]) -> tuple[int, bool, int]:
+        return line.given, line is self._served, line.items[0][0]
+
+    def _raise_level(self) -> None:
+        waiting = [line.given for line in self._lines.values() if line.items]
+        self._level = max(self._level, min(waiting, default=self._served.given))
 
     def _forget_idle(self) -> None:
-        """Flows without items and without a lead are as good as new ones."""
-        for flow in [flow for flow, line in self._lines.items() if not line.items and line.given <= self._level]:
-            del self._lines[flow]
+        """Flows without items and without a lead are as good as new ones, but for the one that may set the level."""
+        for flow, line in list(self._lines.items()):
+            if not line.items and line.given <= self._level and line is not self._served:
+                del self._lines[flow]

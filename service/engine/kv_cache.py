@@ -1,6 +1,7 @@
 """The keys and values of all running sequences, and the attention that reads them."""
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -277,22 +278,23 @@ def _seen_blocks(span: Span, window: int | None, block_tokens: int) -> range:
 
 
 def _seen(spans: Sequence[Span], block_tokens: int) -> Seen:
-    pieces: list[tuple[int, Span]] = []
-    singles: list[tuple[int, Span]] = []
+    pieces: list[tuple[int, int, int, int]] = []  # first row, length, end, and where the blocks begin
+    singles: list[tuple[int, int, int, int]] = []
+    blocks = array("q")
     row = 0
     for span in spans:
+        start = len(blocks)
+        blocks.extend(span.blocks[: -(-span.end // block_tokens)])
         if span.length == 1:
-            singles.append((row, span))
+            singles.append((row, 1, span.end, start))
         else:
             for done in range(0, span.length, PIECE_ROWS):
-                piece = Span(span.start + done, min(PIECE_ROWS, span.length - done), span.blocks)
-                pieces.append((row + done, piece))
+                length = min(PIECE_ROWS, span.length - done)
+                pieces.append((row + done, length, span.start + done + length, start))
         row += span.length
-    rows, parts = zip(*pieces, *singles, strict=True)
-    used = [-(-part.end // block_tokens) for part in parts]
-    tables = [[*part.blocks[:count], *[0] * (max(used) - count)] for part, count in zip(parts, used, strict=True)]
-    lengths, ends = torch.tensor([part.length for part in parts]), torch.tensor([part.end for part in parts])
-    return Seen.of(len(pieces), torch.tensor(rows), lengths, ends, torch.tensor(tables), block_tokens)
+    rows, lengths, ends, starts = (torch.tensor(column) for column in zip(*pieces, *singles, strict=True))
+    held = torch.frombuffer(blocks, dtype=torch.long)
+    return Seen.of(len(pieces), rows, lengths, ends, starts, held, block_tokens)
 
 
 def slots_of(span: Span, block_tokens: int) -> list[int]:

@@ -43,7 +43,8 @@ class LoraBank:
     """The adapters that have columns, and the modules of the base model that they adapt.
 
     Adapters are placed when a request needs them. One without users keeps its columns until another needs the room; the
-    bank grows only when the adapters in use at one time do not fit.
+    bank grows only when the adapters in use at one time do not fit. When nobody uses any, and those that have columns need
+    less than a quarter of them, all columns are given back.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class LoraBank:
         self._token_embedding = token_embedding
         self._adapted: dict[str, AdaptedModule] = {}
         self._packed: dict[str, Site] = {}
+        self._least_capacity = columns
         self._capacity = columns
         self._residents: dict[str, _Resident] = {}  # least recently acquired first
         self._active: ActiveColumns | None = None
@@ -122,7 +124,11 @@ class LoraBank:
         return {site.path: (site.in_features, site.out_features) for site in sites if site.kind is SiteKind.LINEAR}
 
     def acquire(self, version: str, adapter: Adapter) -> None:
-        """Count one more user of an adapter, and give it columns if it has none."""
+        """Count one more user of an adapter, and give it columns if it has none.
+
+        Raises:
+            RuntimeError: there is no memory for them. All other adapters stay as they are.
+        """
         resident = self._residents.pop(version, None) or self._place(version, adapter)
         self._residents[version] = resident
         resident.users += 1
@@ -130,6 +136,7 @@ class LoraBank:
     def release(self, version: str) -> None:
         """Count one user less."""
         self._residents[version].users -= 1
+        self._give_back()
 
     def is_used(self, version: str) -> bool:
         """Whether an adapter has users."""
@@ -144,6 +151,7 @@ class LoraBank:
         """Give up the columns of an adapter without users, if it has any."""
         if version in self._residents:
             self._evict(self._residents[version])
+            self._give_back()
 
     def step(self, choices: Sequence[AdapterChoice | None], lengths: Sequence[int], kept: Tensor) -> MixedStep:
         """Lay out a mixed step: run i of `lengths[i]` packed rows uses `choices[i]`; `kept` are the rows whose logits are
@@ -208,26 +216,29 @@ class LoraBank:
 
     def _place(self, version: str, adapter: Adapter) -> _Resident:
         resident = _Resident(version, adapter, self._find_room(adapter.config.r_max))
-        for path in touched_modules(adapter):
-            module = self.adapt(path)
-            if path in adapter.modules and not module.has_columns:
-                module.resize(self._capacity)
-                self._generation += 1
+        modules = {path: self.adapt(path) for path in touched_modules(adapter)}
+        self._grow(max(self._capacity, resident.end), adapter.modules)
         self._active = None
         for path, module in self._adapted.items():
             if module.has_columns:
                 module.place(slice(resident.start, resident.end), adapter.modules.get(path))
+        # All are made before any is kept: memory that ends in between must not leave some behind for good.
+        replaced = {}
         for path, parameters in replaced_parameters(adapter).items():
-            site = self._adapted[path].site
+            site = modules[path].site
             own = site.module.get_parameter
-            self._adapted[path].replaced[version] = {k: site.prepared(k, v.to(own(k))) for k, v in parameters.items()}
-        for path, bias in adapter.lora_bias.items():
-            self._adapted[path].bias_rows[version] = bias.to(self._adapted[path].site.weight)
-        self.nbytes = sum(module.a.nbytes + module.b.nbytes for module in self._adapted.values())
+            replaced[path] = {name: site.prepared(name, value.to(own(name))) for name, value in parameters.items()}
+        bias_rows = {path: bias.to(modules[path].site.weight) for path, bias in adapter.lora_bias.items()}
+        for path in replaced:
+            modules[path].replaced[version] = replaced[path]
+        for path in bias_rows:
+            modules[path].bias_rows[version] = bias_rows[path]
         return resident
 
     def _find_room(self, columns: int) -> int:
-        """First column of a free range: existing room, else room made by evicting idle adapters, else new room."""
+        """First column of a free range: existing room, else room made by evicting idle adapters, else new room, past
+        `_capacity`.
+        """
         idle = [resident for resident in self._residents.values() if resident.users == 0]
         while True:
             start = 0
@@ -240,12 +251,39 @@ class LoraBank:
             if idle:
                 self._evict(idle.pop(0))
                 continue
-            self._capacity = max(2 * self._capacity, start + columns)
-            self._generation += 1
-            for module in self._adapted.values():
-                if module.has_columns:
-                    module.resize(self._capacity)
             return start
+
+    def _grow(self, columns: int, paths: Collection[str]) -> None:
+        """Give the modules at `paths`, and those that have columns, so many: twice as many as before if they had fewer.
+
+        One module after the other, so that the old and the new columns of all are never held at once. Where memory ends in
+        between, `_capacity` stays what every module has, and what some have beyond it is not used.
+        """
+        columns = columns if columns <= self._capacity else max(columns, 2 * self._capacity)
+        wanting = [module for path, module in self._adapted.items() if module.has_columns or path in paths]
+        try:
+            for module in wanting:
+                if len(module.a) < columns:
+                    self._generation += 1
+                    module.resize(columns)
+        finally:
+            self._count_bytes()
+        self._capacity = columns
+
+    def _count_bytes(self) -> None:
+        self.nbytes = sum(module.a.nbytes + module.b.nbytes for module in self._adapted.values())
+
+    def _give_back(self) -> None:
+        """Hold no columns if there are too many and nobody uses them. Adapters without users are placed anew when needed."""
+        needed = sum(len(resident.columns) for resident in self._residents.values())
+        if self._capacity > self._least_capacity and 4 * needed < self._capacity and not self.users:
+            for resident in list(self._residents.values()):
+                self._evict(resident)
+            for module in self._adapted.values():
+                module.resize(0)
+            self._capacity = self._least_capacity
+            self._generation += 1
+            self._count_bytes()
 
     def _evict(self, resident: _Resident) -> None:
         del self._residents[resident.version]

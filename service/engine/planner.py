@@ -20,6 +20,9 @@ class Planner:
     are made in the background, one pair at a time, if they fit the cache at all; until then, and for good if that fails, the
     steps run mixed. Where mixed steps of as many rows turn out to be cheaper, they go on. What has no merged weights is never
     split off a mixed step: the kernels add 3 to 6% to the base's product, a second pass over the weights more than that.
+
+    Merged weights round otherwise than mixed steps do, and what runs beside a request decides whether its steps can run
+    merged: so beside one whose text must be the same again, steps run mixed.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Planner:
         choice = next(iter(pairs)) if len(pairs) == 1 else None
         self._streak = self._streak + 1 if choice == self._last else 1
         self._last = choice
-        if choice is not None and adapter is not None:
+        if choice is not None and adapter is not None and not any(chunk.sequence.is_repeatable for chunk in batch.chunks):
             weights = self._merged_weights(choice, adapter)
             rows_used = rows.input_ids.numel()
             if weights is not None and self._costs.cheapest((Mode.MERGED, Mode.MIXED), rows_used) is Mode.MERGED:

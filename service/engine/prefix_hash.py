@@ -30,7 +30,7 @@ class PrefixHash:
         choice: AdapterChoice | None,
         *,
         blocks: int,
-        among: str | None = None,
+        among: tuple[str | bool | None, ...] = (),
     ) -> None:
         """Add to `digests`, those of the first blocks of `tokens`, what is missing up to `blocks`.
 

@@ -79,6 +79,12 @@ class Sequence:
         return len(self.tokens) - 1
 
     @property
+    def is_repeatable(self) -> bool:
+        """Whether all of it has to run in one mode, whatever runs beside it."""
+        sampling = self.request.sampling
+        return sampling.is_repeatable and sampling.do_sample and self.choice is not None
+
+    @property
     def version(self) -> str | None:
         """The adapter it runs with, whatever the rank."""
         return self.choice.version if self.choice is not None else None
@@ -152,11 +158,11 @@ class Scheduler:
     tokens dear, for as many steps as it has prompts.
 
     Admission is by space for the whole prompt, so a prefill that has begun never stops for want of memory. Who is next is
-    decided across pairs of tenant and adapter by the prompt tokens that each was given (see `FairQueue`). Nobody passes one
-    for whom there is no space yet, nor one whose next block a running sequence is about to compute: so several answers to one
-    prompt take one prefill, and since that uses up the budget of all its steps but the last, those behind lose at most a step.
-    When a generating sequence finds no free block, the one admitted last gives up its blocks and waits, before all others, to
-    be computed again: it loses time, never tokens.
+    decided across pairs of tenant and adapter by the tokens that were computed for each, of prompts and of answers (see
+    `FairQueue`). Nobody passes one for whom there is no space yet, nor one whose next block a running sequence is about to
+    compute: so several answers to one prompt take one prefill, and since that uses up the budget of all its steps but the
+    last, those behind lose at most a step. When a generating sequence finds no free block, the one admitted last gives up its
+    blocks and waits, before all others, to be computed again: it loses time, never tokens.
 
     Invariant: running sequences, followed by those preempted, stand in order of first admission. So the first is never
     preempted, and since `add` accepts only what fits the empty cache it always advances: nothing starves or turns in circles.
@@ -234,6 +240,8 @@ class Scheduler:
         """Record that the batch's keys and values are in the cache. Call before appending the sampled tokens."""
         for chunk in batch.chunks:
             chunk.sequence.computed = chunk.end
+            if chunk.is_decode:  # a prompt's tokens were counted when it was admitted
+                self._queue.count(chunk.sequence.flow, 1)
             if self._may_share(chunk.sequence):
                 self._name_blocks(chunk)
 
@@ -330,7 +338,8 @@ class Scheduler:
         return False
 
     def _extend_digests(self, sequence: Sequence, blocks: int) -> None:
-        among = None if self._prefix_cache else sequence.request.group
+        group = None if self._prefix_cache else sequence.request.group
+        among = (group, sequence.is_repeatable)  # merged steps, which others may have run, round otherwise
         self._prefix_hash.extend(sequence.digests, sequence.tokens, sequence.choice, blocks=blocks, among=among)
 
     def _name_blocks(self, chunk: Chunk) -> None:

@@ -144,7 +144,7 @@ float *dylora_room_for_parts(const struct attention *a) {
 static void attend_part(const struct attention *a, long number, const struct course *course, long part, long first, long end,
                         float *sums, struct found *found) {
     const struct seen *seen = &a->seen;
-    const long *table = seen->tables + number * seen->table_width;
+    const long *table = seen->blocks + seen->starts[number];
     long group = a->heads / a->kv_heads, queries = (end - first) * group, span = course->span;
     long from = part * course->part, length = at_most(course->part, course->length - from);
     float *weights = scratch((size_t)span * queries + 4 * length); /* [queries, span], and two pointers for each position */

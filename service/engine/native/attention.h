@@ -4,12 +4,12 @@
 #define DYLORA_ATTENTION_H
 
 /* What rows see of their own sequences: first those of prompts, in pieces of consecutive rows of one sequence, then single rows.
-   The last row of each sees the first `ends` positions, which stand in the blocks of its table, the row before it one less. */
+   The last row of each sees the first `ends` positions, which stand in the blocks from `starts` on, the row before it one less. */
 struct seen {
     long pieces, rows;
     const long *query_rows, *lengths, *ends; /* [pieces + rows]: the first row, how many, and positions */
-    const long *tables;                      /* [pieces + rows, table_width] */
-    long table_width, block_tokens;
+    const long *starts, *blocks;             /* [pieces + rows]: the first of each in all blocks */
+    long block_tokens;
 };
 
 /* One layer's. Head h of a row of the query at query + row * query_row + h * query_head; out [.., heads, value_dim] at the same

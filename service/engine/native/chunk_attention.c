@@ -94,7 +94,7 @@ static void weigh(const struct attention *a, const struct piece *p, long query, 
 /* One head of keys and values, and the query heads that share it. */
 static void attend_piece(const struct attention *a, long number, long head) {
     const struct seen *seen = &a->seen;
-    const long *table = seen->tables + number * seen->table_width;
+    const long *table = seen->blocks + seen->starts[number];
     long group = a->heads / a->kv_heads, rows = seen->lengths[number], end = seen->ends[number];
     struct piece p = room_for(a, rows * group);
     const float *query[p.queries];

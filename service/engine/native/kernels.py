@@ -139,21 +139,24 @@ class Seen(ctypes.Structure):
     held: tuple[Tensor, ...]
     _fields_ = (
         members(_LONG, "pieces", "rows")
-        + members(_POINTER, "query_rows", "lengths", "ends", "tables")
-        + members(_LONG, "table_width", "block_tokens")
+        + members(_POINTER, "query_rows", "lengths", "ends", "starts", "blocks")
+        + members(_LONG, "block_tokens")
     )
 
     @classmethod
-    def of(cls, pieces: int, rows: Tensor, lengths: Tensor, ends: Tensor, tables: Tensor, block_tokens: int) -> "Seen":
+    def of(
+        cls, pieces: int, rows: Tensor, lengths: Tensor, ends: Tensor, starts: Tensor, blocks: Tensor, block_tokens: int
+    ) -> "Seen":
         """Of `pieces` pieces of consecutive rows, of at most PIECE_ROWS, and then of single rows; all int64.
 
         Args:
             rows, lengths: the first row of each, and how many, [n].
             ends: positions that its last row sees, [n]; the row before it sees one less.
-            tables: the blocks that hold them, [n, most blocks].
+            starts: where in `blocks` those that hold them begin, [n]; one after the other, so that a long context does not
+                cost those beside it.
         """
-        columns = (rows, lengths, ends, tables)
-        seen = cls(pieces, len(rows) - pieces, *(each.data_ptr() for each in columns), tables.shape[1], block_tokens)
+        columns = (rows, lengths, ends, starts, blocks)
+        seen = cls(pieces, len(rows) - pieces, *(each.data_ptr() for each in columns), block_tokens)
         seen.held = columns
         return seen
 

@@ -134,6 +134,7 @@ def _sampling(body: OpenAIRequest, new_tokens: int, *, alternatives: int, prompt
         top_p=given_or(body.top_p, 1.0),
         min_p=given_or(body.min_p, 0.0),
         seed=drawn_seed() if body.seed is None else body.seed % 2**64,
+        is_repeatable=body.seed is not None,
         stop=tuple(body.stop),
         stop_token_ids=tuple(body.stop_token_ids),
         include_stop=body.include_stop_str_in_output,

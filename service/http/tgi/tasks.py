@@ -56,6 +56,7 @@ def _sampling(parameters: GenerateParameters, new_tokens: int) -> SamplingParams
         min_p=given_or(parameters.min_p, 0.0),
         typical_p=given_or(parameters.typical_p, 1.0),
         seed=drawn_seed() if parameters.seed is None else parameters.seed,
+        is_repeatable=parameters.seed is not None or parameters.details,  # which tell the seed that is drawn
         stop=tuple(parameters.stop),
         stop_token_ids=tuple(parameters.stop_token_ids),
         include_stop=parameters.include_stop_str_in_output,
