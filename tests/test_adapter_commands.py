@@ -22,6 +22,7 @@ from adapters import (
     Metric,
     QualityProfile,
     convert,
+    evaluate,
     export,
     inspect,
     read_peft,
@@ -174,6 +175,10 @@ def test_the_owner_of_a_file_is_not_held_to_the_limits_of_an_upload(tmp_path: Pa
     with pytest.raises(InvalidAdapter, match="rank 300, the limit is 256"):
         read_peft(tmp_path)
     assert inspect(tmp_path).config.r_max == 300
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(AdapterError, match=r"^model: \./nowhere is not a folder"):  # what comes after reading the adapter
+        evaluate(tmp_path, data, model="./nowhere")
 
 
 # convert
@@ -264,13 +269,16 @@ def test_a_merged_model_from_the_terminal(tmp_path: Path, capsys: pytest.Capture
 # Folders
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "export"])
+@pytest.mark.parametrize("command", ["inspect", "convert", "export", "evaluate"])
 def test_a_folder_that_is_no_adapter_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = [] if command == "inspect" else ["--out", tmp_path / "out"]
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    out = {"inspect": [], "evaluate": ["--data", data]}.get(command, ["--out", tmp_path / "out"])
     nowhere = tmp_path / "nowhere"
     assert f"adapter: {nowhere} is not a folder" in error_of(capsys, command, nowhere, *out)
     nowhere.mkdir()
-    assert f"{nowhere}: {CONFIG_FILE}: missing; {nowhere}: {TENSORS_FILE}: missing" in error_of(capsys, command, nowhere, *out)
+    error = error_of(capsys, command, nowhere, *out)
+    assert error == f"dylora: error: {nowhere}: {CONFIG_FILE}: missing; {nowhere}: {TENSORS_FILE}: missing\n"
     with pytest.raises(InvalidAdapter):
         inspect(nowhere)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.commands.command import Command, option
+from adapters.commands.folders import read_adapter
 from adapters.errors import AdapterError
 from adapters.evaluation.names import REPORT_SUFFIXES, MetricName
 
@@ -184,13 +185,12 @@ def _evaluated(options: EvaluateOptions) -> "Report":
     corpus = read(options.data, options.format)  # quick to refuse, before anything large is loaded
     import torch
 
-    from adapters.checkpoint import read_peft
     from adapters.evaluation.base_model import base_name, device_of, load_base
     from adapters.evaluation.evaluate import Measures, drawn, evaluate_adapter, metrics_of
     from adapters.evaluation.generation import Decoding
 
     metrics_of(corpus, options.metrics)
-    adapter = read_peft(options.adapter)
+    adapter = read_adapter(options.adapter)
     if adapter.config.labels and corpus.labels:
         corpus = corpus.with_labels(adapter.config.labels)  # its own order, of which the data may hold but some
     device = device_of(options.device)
