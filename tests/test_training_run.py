@@ -162,6 +162,9 @@ def test_examples_beyond_max_length_are_cut_and_it_is_told(
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "w1 w2", "completion": " w3" * 20}] * 8)
     train(base, long, tmp_path / "out", max_length=10, **QUICK)
     assert "8 of the examples are longer than 10 tokens and cut" in caplog.text
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "w1" + " w2" * 4 * i, "label": f"{i}"} for i in (0, 1, 9)])
+    train(base, texts, tmp_path / "classes", max_length=10, **QUICK)
+    assert "1 of the examples are longer than 10 tokens and cut" in caplog.text
 
 
 def test_label_smoothing_changes_what_is_trained_and_not_how_it_is_measured(tmp_path: Path, base: Path) -> None:

@@ -168,13 +168,18 @@ def _encoded(corpus: Corpus, base: Base, max_length: int | None) -> Rows:
     limit = min((limit for limit in limits if limit is not None), default=_NO_LIMIT)
     if corpus.task is Task.CLASSIFICATION:
         texts = [item for item in corpus.items if isinstance(item, LabelledText)]
-        return encode_labelled(texts, base.tokenizer, limit)
+        labelled = encode_labelled(texts, base.tokenizer, limit)
+        _tell(corpus, limit, {"cut": sum(text.is_cut for text in labelled)})
+        return labelled
     shortened = shorten(encode(examples_of(corpus, base.tokenizer), base.tokenizer), limit)
-    lost = {"cut": shortened.cut, "left out, their prompt fills it": shortened.dropped}
+    _tell(corpus, limit, {"cut": shortened.cut, "left out, their prompt fills it": shortened.dropped})
+    return shortened.pairs
+
+
+def _tell(corpus: Corpus, limit: int, lost: Mapping[str, int]) -> None:
     for what, count in lost.items():
         if count:
             _LOG.warning("%s: %d of the examples are longer than %d tokens and %s", corpus.source, count, limit, what)
-    return shortened.pairs
 
 
 def _record(run: TrainingRun, rows: Rows, processes: int) -> dict[str, object]:
