@@ -229,6 +229,9 @@ def test_roberta_reads_two_tokens_less_than_it_has_positions(folder: Path) -> No
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"ranks": "1-x"}, "ranks: '1-x' is neither a range of ranks like 1-16 nor a list"),
+        ({"ranks": "3,9"}, "rank 9 is not a rank of this adapter"),
+        ({"ranks": 4}, "ranks: 4 is not a sequence"),
         ({"ranks": (9,)}, "rank 9 is not a rank of this adapter; legal ranks: 1, 2, 3, 4"),
         ({"model": "./nowhere"}, "model: ./nowhere is not a folder"),
         ({"model": None}, "model: the adapter's config names no base model; give a folder or a hub name"),
