@@ -22,6 +22,7 @@ from adapters import (
     Metric,
     QualityProfile,
     convert,
+    evaluate,
     export,
     inspect,
     read_peft,
@@ -174,6 +175,10 @@ def test_the_owner_of_a_file_is_not_held_to_the_limits_of_an_upload(tmp_path: Pa
     with pytest.raises(InvalidAdapter, match="rank 300, the limit is 256"):
         read_peft(tmp_path)
     assert inspect(tmp_path).config.r_max == 300
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(AdapterError, match=r"^model: \./nowhere is not a folder"):  # what comes after reading the adapter
+        evaluate(tmp_path, data, model="./nowhere")
 
 
 # convert
@@ -245,7 +250,7 @@ def test_export_refuses_what_makes_no_sense(tmp_path: Path, capsys: pytest.Captu
     plain = random_peft_adapter("llama", tmp_path / "plain", r=4)
     assert "`dylora convert` makes it nested" in error_of(capsys, "export", plain, "--out", out, "--rank", 2)
     assert not out.exists()
-    with pytest.raises(AdapterError, match="dtype: 'int8' is not one of float32, bfloat16, float16"):
+    with pytest.raises(AdapterError, match="dtype: 'int8' is not one of auto, float32, bfloat16, float16"):
         export(nested, out, merge=True, model="m", dtype="int8")
     with pytest.raises(IllegalRank):
         export(nested, out, 7)
@@ -264,13 +269,16 @@ def test_a_merged_model_from_the_terminal(tmp_path: Path, capsys: pytest.Capture
 # Folders
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "export"])
+@pytest.mark.parametrize("command", ["inspect", "convert", "export", "evaluate"])
 def test_a_folder_that_is_no_adapter_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = [] if command == "inspect" else ["--out", tmp_path / "out"]
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    out = {"inspect": [], "evaluate": ["--data", data]}.get(command, ["--out", tmp_path / "out"])
     nowhere = tmp_path / "nowhere"
     assert f"adapter: {nowhere} is not a folder" in error_of(capsys, command, nowhere, *out)
     nowhere.mkdir()
-    assert f"{nowhere}: {CONFIG_FILE}: missing; {nowhere}: {TENSORS_FILE}: missing" in error_of(capsys, command, nowhere, *out)
+    error = error_of(capsys, command, nowhere, *out)
+    assert error == f"dylora: error: {nowhere}: {CONFIG_FILE}: missing; {nowhere}: {TENSORS_FILE}: missing\n"
     with pytest.raises(InvalidAdapter):
         inspect(nowhere)
 
@@ -286,10 +294,18 @@ def test_what_is_there_is_not_written_over(command: str, tmp_path: Path, capsys:
     assert f"out: {file} is a file" in error_of(capsys, command, folder, "--out", file, *more)
     assert f"out: {file / 'x'} can't be written" in error_of(capsys, command, folder, "--out", file / "x", *more)
     (tmp_path / "empty").mkdir()
+    identity = (tmp_path / "empty").stat().st_ino
     assert main([command, str(folder), "--out", str(tmp_path / "empty"), *map(str, more)]) == 0
+    assert (tmp_path / "empty").stat().st_ino == identity  # a mount, or the folder that a shell stands in, stays
+    assert read_peft(tmp_path / "empty").config.r_max == 2
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert main([command, str(folder), "--out", str(tmp_path / "link"), *map(str, more)]) == 0
+    assert read_peft(tmp_path / "real").config.r_max == 2
+    assert not [*tmp_path.glob("*/.*")]
     assert main([command, str(folder), "--out", str(tmp_path / "new" / "deep"), *map(str, more)]) == 0
     assert read_peft(tmp_path / "new" / "deep").config.r_max == 2
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "empty", "new"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "empty", "link", "new", "real"]
 
 
 def test_a_real_process(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.commands.command import Command, option
+from adapters.commands.command import Command, option, typed
+from adapters.errors import AdapterError
 
 
 class Colour(StrEnum):
@@ -44,6 +45,26 @@ def test_options_come_out_with_their_types_and_defaults() -> None:
     everything = parsed("w", "--coats=3", "--colour", "blue", "--share", "0.5", "--spots", "1,2", "--dry")
     assert everything == Paint(Path("w"), 3, Colour.BLUE, 0.5, (1, 2), True)
     assert everything.colour is Colour.BLUE
+
+
+def test_python_gives_texts_or_values() -> None:
+    everything = Paint(Path("w"), 3, Colour.BLUE, 0.5, (1, 2), True)
+    texts = {"wall": "w", "coats": "3", "colour": "blue", "share": "0.5", "spots": "1,2", "dry": True}
+    assert typed(Paint, texts) == typed(Paint, {**texts, "coats": 3, "share": 0.5, "spots": [1, 2]}) == everything
+    assert typed(Paint, {"wall": Path("w"), "coats": 2, "share": None}) == Paint(Path("w"), 2)
+    refused = {
+        "coats": ("two", 2.5, True, None),
+        "colour": ("green", 3),
+        "share": ("x", [1]),
+        "spots": ("x", 4),
+        "dry": ("yes",),
+    }
+    for name, values in refused.items():
+        for value in values:
+            with pytest.raises(AdapterError, match=f"^{name}: "):
+                typed(Paint, texts | {name: value})
+    with pytest.raises(TypeError, match="shade"):
+        typed(Paint, texts | {"shade": 1})
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,19 @@ def test_a_bad_row_is_refused_with_file_line_and_what_is_expected(tmp_path: Path
     assert f"{path}" in str(caught.value) and message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "r1\t1\tGreat camera\tI love it.\nr2\t0\tBroken\tDoes not turn on.\n",
+        COLA + "\nr1\t1\tGreat camera\tI love it.\n",
+        "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n",  # WNLI
+    ],
+)
+def test_other_tables_of_like_columns_are_not_taken_for_glue(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match="the format is not recognised"):
+        read(write(tmp_path, text))
+
+
 @needs_shared
 @pytest.mark.parametrize(
     ("file", "name", "rows"),

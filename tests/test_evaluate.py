@@ -150,6 +150,42 @@ def test_plain_text_is_measured_token_by_token_and_nothing_is_generated(folder: 
         run(folder, "text.jsonl", metrics=("bleu",))
 
 
+READS = 48
+"""Tokens that `short_sighted` reads."""
+LONG = " cat" * READS
+
+
+def short_sighted(folder: Path, out: Path) -> str:
+    """The model, with a tokenizer that takes READS tokens."""
+    shutil.copytree(folder / "model", out)
+    file = out / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": READS}))
+    return str(out)
+
+
+def test_what_is_too_long_is_left_out_and_the_report_says_so(folder: Path, tmp_path: Path) -> None:
+    model = short_sighted(folder, tmp_path / "model")
+    rows = [{"prompt": p, "completion": c} for p, c in PAIRS]
+    more = [{"prompt": "the" + LONG, "completion": " sat"}, {"prompt": "a rat", "completion": LONG}]
+    report = run(folder, str(lines(tmp_path / "long.jsonl", [*rows, *more])), model=model, ranks=(1,), metrics=("bleu",))
+    assert f"; 2 of the prompts left out, too long for the model's {READS} tokens;" in report.source
+    short = run(folder, model=model, ranks=(1,), metrics=("bleu",))
+    assert (report.metrics, report.examples) == (short.metrics, len(PAIRS))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    several = CompletionSet([Example("on", (LONG, " the mat")), Example(LONG, (" sat",))], tokenizer, max_tokens=READS)
+    assert several.lost.startswith("1 of the prompts and 1 more of the completions left out") and len(several) == 1
+    with pytest.raises(DataError, match=f"no prompt with its completion fits the model, which reads at most {READS} tokens"):
+        run(folder, str(lines(tmp_path / "only.jsonl", more)), model=model, metrics=())
+
+
+def test_a_classifiers_texts_that_are_cut_are_counted(folder: Path, tmp_path: Path) -> None:
+    model = short_sighted(folder, tmp_path / "model")
+    rows = [{"text": text, "label": "yes" if label else "no"} for text, label in [*TEXTS, (LONG, False)]]
+    data = lines(tmp_path / "long.jsonl", rows)
+    report = run(folder, str(data), "classifier", model=model, ranks=(2,), metrics=("accuracy",))
+    assert report.examples == len(rows) and report.source.endswith(f"; 1 of the texts cut to {READS} tokens")
+
+
 def test_a_classifier_is_measured_beside_the_majority_class(folder: Path) -> None:
     report = run(folder, "labels.jsonl", "classifier", metrics=("accuracy", "matthews"))
     loss, accuracy, matthews = report.metrics
@@ -193,6 +229,9 @@ def test_roberta_reads_two_tokens_less_than_it_has_positions(folder: Path) -> No
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"ranks": "1-x"}, "ranks: '1-x' is neither a range of ranks like 1-16 nor a list"),
+        ({"ranks": "3,9"}, "rank 9 is not a rank of this adapter"),
+        ({"ranks": 4}, "ranks: 4 is not a sequence"),
         ({"ranks": (9,)}, "rank 9 is not a rank of this adapter; legal ranks: 1, 2, 3, 4"),
         ({"model": "./nowhere"}, "model: ./nowhere is not a folder"),
         ({"model": None}, "model: the adapter's config names no base model; give a folder or a hub name"),

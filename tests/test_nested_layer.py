@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BioGptConfig, BioGptForCausalLM
 
 from adapters.config import AdapterConfig, AdapterKind
 from adapters.errors import IllegalRank, InvalidAdapter
@@ -106,6 +107,15 @@ def test_a_new_layer_changes_nothing(kind: str) -> None:
 def test_all_linear_is_every_linear_layer_but_the_head(kind: str) -> None:
     model = tiny_model(kind)
     assert set(target_paths(model, "all-linear")) == set(target_paths(model, LINEAR_TARGETS[kind]))
+
+
+def test_a_head_of_another_name_is_left_alone() -> None:
+    config = BioGptConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = BioGptForCausalLM(config)
+    targets = target_paths(model, "all-linear")
+    assert "output_projection" not in targets and "biogpt.layers.0.fc1" in targets
+    with pytest.raises(InvalidAdapter, match="output_projection is an output head"):
+        target_paths(model, "output_projection")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -1,6 +1,7 @@
 """`dylora train` as people type it; what it does is tested through its function."""
 
 import argparse
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.commands.train import COMMAND, TrainOptions, parse_ranks, parse_targets, parse_weights
+from adapters.commands.command import parse_ranks
+from adapters.commands.train import COMMAND, TrainOptions, parse_targets, parse_weights
+from adapters.data.formats import FORMATS
 from adapters.errors import AdapterError
 from adapters.training.dylora import DyLoRAConfig, RankDistribution, RankPer, UpdateRule
 from adapters.training.settings import OptimizerName, TrainSettings
@@ -58,8 +61,15 @@ def test_options_reach_settings_and_adapter() -> None:
 def test_ranks_weights_and_targets_are_read_or_refused_with_what_is_legal() -> None:
     assert parse_ranks("2-5") == (2, 3, 4, 5)
     assert parse_ranks("1, 8") == (1, 8)
+    assert parse_ranks("1-3,8") == (1, 2, 3, 8)
     assert parse_targets("all-linear") == "all-linear"
-    for parse, text in ((parse_ranks, "1-"), (parse_ranks, "a"), (parse_weights, "1,b"), (parse_targets, "q,,v")):
+    for parse, text in (
+        (parse_ranks, "1-"),
+        (parse_ranks, "4-1"),
+        (parse_ranks, "a"),
+        (parse_weights, "1,b"),
+        (parse_targets, "q,,v"),
+    ):
         with pytest.raises(ValueError, match=f"{text}.* is (neither|not) .* like"):
             parse(text)
 
@@ -72,6 +82,7 @@ def test_ranks_weights_and_targets_are_read_or_refused_with_what_is_legal() -> N
         (("--update-rule", "frozen"), "update rule 'frozen' needs the optimiser 'row-adamw', not 'adamw'"),
         (("--max-steps", "0"), "max_steps must be at least 1"),
         (("--geometric-p", "2"), "geometric_p must lie between 0 and 1"),
+        (("--geometric-p", "0.9"), "geometric_p is given, but distribution is not 'geometric'"),
     ],
 )
 def test_contradictions_are_one_error_line(argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +104,8 @@ def test_help_teaches_and_does_not_wait_for_torch() -> None:
         "from adapters import train",
     ):
         assert said in done.stdout
+    for name in FORMATS:
+        assert re.search(rf"\b{name}\b", done.stdout.partition("--format says")[2].partition("examples:")[0]), name
     for option in fields(TrainOptions):
         assert f"--{option.name.replace('_', '-')}" in done.stdout
 

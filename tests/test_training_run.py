@@ -24,16 +24,17 @@ from tests.training_harness import are_equal, model_folder, tensors_of, word_tok
 ROOT = Path(__file__).resolve().parent.parent
 QUICK: dict[str, Any] = {"r_max": 4, "max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "save_steps": 0}
 
-KILLED_IN_STEP_5 = """
+ENDED_IN_STEP_5 = """
 import os, signal, sys
 from transformers import TrainerCallback, trainer
 
-class Kill(TrainerCallback):
+class End(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.{signal})
 
-trainer.DEFAULT_CALLBACKS.append(Kill)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs lack
+trainer.DEFAULT_CALLBACKS.append(End)
 from service.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -56,10 +57,14 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_bits_of_one_that_was_no
         line = [sys.executable, *python, *command, "--out", out, *(["--resume"] if resume else [])]
         return subprocess.run(line, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
-    killed = started("-c", KILLED_IN_STEP_5, out="killed")
+    killed = started("-c", ENDED_IN_STEP_5.format(signal="SIGKILL"), out="killed")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "killed" / "adapter_config.json").exists()
     assert (tmp_path / "killed" / "checkpoints" / "checkpoint-4" / "complete").exists()
+    interrupted = started("-c", ENDED_IN_STEP_5.format(signal="SIGINT"), out="interrupted")
+    assert interrupted.returncode == 130 and "Traceback" not in interrupted.stderr
+    way_on = "the same command with --resume goes on from interrupted/checkpoints/checkpoint-4"
+    assert interrupted.stderr.splitlines()[-1] == f"dylora: stopped; {way_on}"
     resumed = started("-m", "service.cli", out="killed", resume=True)
     assert resumed.returncode == 0, resumed.stderr
     assert "adapter: killed, ranks 1 to 4, 8 steps" in resumed.stdout
@@ -175,6 +180,24 @@ def test_a_run_that_could_not_start_leaves_nothing(tmp_path: Path, base: Path) -
         assert not out.exists(), changes
     with pytest.raises(TypeError, match="lr"):
         train(base, data, out, lr=1.0)
+    with pytest.raises(TrainingError, match=r"bad\.jsonl/deep/out can't be made"):  # told before the model is loaded
+        train(tmp_path / "nowhere", data, tmp_path / "bad.jsonl" / "deep" / "out", **QUICK)
+
+
+def test_files_that_cannot_be_written_or_read_are_one_line(tmp_path: Path, base: Path) -> None:
+    data, out = base / "data.jsonl", tmp_path / "out"
+    train(base, data, out, **QUICK)
+    in_the_way = out / "checkpoints" / "checkpoint-2"
+    in_the_way.write_text("")
+    with pytest.raises(TrainingError, match=r"out/checkpoints can't go on: .*checkpoint-2"):
+        train(base, data, out, resume=True, **QUICK | {"save_steps": 2})
+    in_the_way.unlink()
+    train(base, data, out, resume=True, **QUICK | {"save_steps": 2})
+    (out / "checkpoints" / "checkpoint-6" / "trained.safetensors").write_bytes(b"cut short")
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-6/trained.safetensors can't be read .*; delete .*checkpoint-6 to go on"
+    ):
+        train(base, data, out, resume=True, **QUICK)
 
 
 def test_examples_beyond_max_length_are_cut_and_it_is_told(
@@ -183,6 +206,9 @@ def test_examples_beyond_max_length_are_cut_and_it_is_told(
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "w1 w2", "completion": " w3" * 20}] * 8)
     train(base, long, tmp_path / "out", max_length=10, **QUICK)
     assert "8 of the examples are longer than 10 tokens and cut" in caplog.text
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": "w1" + " w2" * 4 * i, "label": f"{i}"} for i in (0, 1, 9)])
+    train(base, texts, tmp_path / "classes", max_length=10, **QUICK)
+    assert "1 of the examples are longer than 10 tokens and cut" in caplog.text
 
 
 def test_label_smoothing_changes_what_is_trained_and_not_how_it_is_measured(tmp_path: Path, base: Path) -> None:

@@ -40,8 +40,9 @@ def read_peft(folder: Path, *, limits: CheckpointLimits | None = None) -> Adapte
     problems: list[str] = []
     found = _inspect(folder, limits or CheckpointLimits(), problems)
     tensors: dict[str, Tensor] = {}
-    with _noting(problems):
-        tensors = load_tensors(folder / TENSORS_FILE, found.entries)
+    if found.entries:  # without any the file was refused already, and would be a second time
+        with _noting(problems):
+            tensors = load_tensors(folder / TENSORS_FILE, found.entries)
     problems += [f"{name}: NaN or Inf" for name, tensor in sorted(tensors.items()) if not tensor.isfinite().all()]
     if problems or found.fields is None or found.config is None:
         raise InvalidAdapter(problems)

@@ -2,10 +2,13 @@
 
 import argparse
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from adapters.errors import AdapterError
 
 Options = TypeVar("Options")
 
@@ -67,6 +70,51 @@ class Command(Generic[Options]):
         return self.options(**{f.name: parsed[f.name] for f in fields(self.options)})  # type: ignore[arg-type]
 
 
+def typed(options: type[Options], values: Mapping[str, Any], refusal: type[AdapterError] = AdapterError) -> Options:
+    """The options as Python's callers give them: text is read as on the command line, and a list may stand for a tuple.
+
+    Raises:
+        refusal: a value that is not of its option's type; names the option.
+        TypeError: an option that does not exist.
+    """
+    known, hints = {entry.name: entry for entry in fields(options)}, get_type_hints(options)  # type: ignore[arg-type]
+    read = {n: _typed(known[n], hints[n], value, refusal) if n in known else value for n, value in values.items()}
+    return options(**read)
+
+
+def _typed(entry: "Field[Any]", hint: Any, value: Any, refusal: type[AdapterError]) -> Any:
+    kind, parse = _without_none(hint), entry.metadata["parse"]
+    if value is None and hint != kind:
+        return None
+    if kind is str and isinstance(value, Path):
+        return str(value)
+    if parse is not None and not isinstance(value, str):
+        if isinstance(value, list | range | tuple):
+            return tuple(value)
+    elif (kind is bool or not isinstance(value, str)) and kind in _WORDS:
+        if isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) is (kind is bool):
+            return value
+    else:
+        reader = parse or kind
+        try:
+            return reader(value)
+        except (TypeError, ValueError) as error:
+            raise refusal(f"{entry.name}: {_complaint(reader, value, error)}") from error
+    raise refusal(f"{entry.name}: {value!r} is not {_WORDS.get(kind, 'a sequence')}")
+
+
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """Read "1-16", "1,2,4,8,16", or both: "1-4,8"."""
+    ranks: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        bounds = (first, last) if "-" in part else (first, first)
+        if not all(bound.strip().isdecimal() for bound in bounds) or int(bounds[0]) > int(bounds[1]):
+            raise ValueError(f"{text!r} is neither a range of ranks like 1-16 nor a list like 1,2,4,8,16")
+        ranks += range(int(bounds[0]), int(bounds[1]) + 1)
+    return tuple(ranks)
+
+
 def _add_option(parser: argparse.ArgumentParser, entry: "Field[Any]", hint: Any) -> None:
     kind = _without_none(hint)
     meta = entry.metadata
@@ -105,8 +153,10 @@ def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return reader
 
 
-def _complaint(read: Callable[[str], Any], text: str, error: ValueError) -> str:
+_WORDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "True or False"}
+
+
+def _complaint(read: Callable[[str], Any], text: str, error: Exception) -> str:
     if isinstance(read, type) and issubclass(read, StrEnum):
         return f"{text!r} is not one of {', '.join(read)}"
-    words = {int: "a whole number", float: "a number"}
-    return f"{text!r} is not {words[read]}" if read in words else str(error)
+    return f"{text!r} is not {_WORDS[read]}" if read in _WORDS else str(error)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.commands.command import Command, option
+from adapters.commands.command import Command, option, typed
 from adapters.commands.folders import new_folder, read_adapter
 from adapters.config import AdapterKind
 from adapters.errors import AdapterError
@@ -58,29 +58,33 @@ def convert(adapter: Path | str, out: Path | str, r_max: int | None = None) -> "
         InvalidAdapter: the checkpoint can't be read.
         AdapterError: there is nothing to change, or `out` is there already.
     """
+    return _converted(typed(ConvertOptions, {"adapter": adapter, "out": out, "r_max": r_max}))
+
+
+def _converted(options: ConvertOptions) -> "Adapter":
     from adapters.checkpoint import write_peft
     from adapters.nesting import first_columns, renest
 
-    before = read_adapter(adapter)
-    with new_folder(out) as folder:
+    before = read_adapter(options.adapter)
+    with new_folder(options.out) as folder:
         if before.config.kind is AdapterKind.LORA:
             after = renest(before)
-        elif r_max is None or r_max == before.config.r_max:
+        elif options.r_max is None or options.r_max == before.config.r_max:
             raise AdapterError(
-                f"{adapter} is nested already ({before.config.kind}, ranks {before.config.ranks_text}); "
+                f"{options.adapter} is nested already ({before.config.kind}, ranks {before.config.ranks_text}); "
                 "give a smaller r_max to cut it, or export one rank"
             )
         else:
             after = before
-        if r_max is not None:
-            after = first_columns(after, r_max)
+        if options.r_max is not None:
+            after = first_columns(after, options.r_max)
         write_peft(after, folder)
     return after
 
 
 def run(options: ConvertOptions) -> int:
     """Convert, and say in a line what came out."""
-    after = convert(options.adapter, options.out, options.r_max)
+    after = _converted(options)
     print(f"wrote {options.out}: {after.config.kind}, ranks {after.config.ranks_text}, {len(after.modules)} modules")
     return 0
 

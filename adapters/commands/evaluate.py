@@ -1,14 +1,15 @@
 """`dylora evaluate`: what an adapter is worth at every rank."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.commands.command import Command, option
+from adapters.commands.command import Command, option, parse_ranks, typed
+from adapters.commands.dtype import Dtype
+from adapters.commands.folders import read_adapter
 from adapters.errors import AdapterError
 from adapters.evaluation.names import REPORT_SUFFIXES, MetricName
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Measure an adapter at every rank, beside the base model without it: loss and perplexity, for generated text BLEU, chrF and
-ROUGE-L, for GLUE the task's own metric, each with a 95% confidence interval by bootstrap over the examples. A mark says
+ROUGE-L, for classes the task's own metric, each with a 95% confidence interval by bootstrap over the examples. A mark says
 where a rank is worse than the full one, by a paired bootstrap.
 
 The result is printed as a table and written into the adapter's folder: quality.json, the profile that a server reads to
@@ -37,35 +38,12 @@ in Python:
 """
 
 
-class Dtype(StrEnum):
-    """Number formats of the base model's weights."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 class ReportStyle(StrEnum):
     """How the result is printed."""
 
     TEXT = "text"
     MARKDOWN = "markdown"
     JSON = "json"
-
-
-def _ranks(text: str) -> tuple[int, ...]:
-    try:
-        bounds = [[int(bound) for bound in part.split("-")] for part in text.split(",")]
-        return tuple(rank for first, *last in bounds for rank in range(first, _only(last, first) + 1))
-    except ValueError as error:
-        raise ValueError(f"{text!r} is not a list of ranks like 1,2,4 or 1-8") from error
-
-
-def _only(last: Sequence[int], first: int) -> int:
-    if len(last) > 1 or (last and last[0] < first):
-        raise ValueError
-    return last[0] if last else first
 
 
 def _metrics(text: str) -> tuple[MetricName, ...]:
@@ -86,8 +64,8 @@ class EvaluateOptions:
     adapter: Path = option("folder with the adapter", positional=True, metavar="ADAPTER")
     data: Path = option("file to measure on", metavar="FILE")
     model: str | None = option("folder or hub name of the base model; as the adapter's config says unless given", None)
-    format: str | None = option("the data's format; recognised unless given", None)
-    ranks: tuple[int, ...] | None = option("such as 1,2,4 or 1-8; all unless given; full rank always", None, parse=_ranks)
+    format: str | None = option("the data's format, one of those in `dylora train --help`; recognised unless given", None)
+    ranks: tuple[int, ...] | None = option("such as 1,2,4 or 1-8; all unless given; full rank always", None, parse=parse_ranks)
     metrics: tuple[MetricName, ...] | None = option(
         f"some of {','.join(MetricName)}; what is usual for the data unless given; the loss always", None, parse=_metrics
     )
@@ -133,7 +111,8 @@ def evaluate(adapter: Path | str, data: Path | str, **options: Any) -> "Report":
     Args:
         adapter: folder of a PEFT checkpoint.
         data: file to measure on.
-        **options: the other fields of EvaluateOptions, by name. `out` writes the report there.
+        **options: the other fields of EvaluateOptions, by name; text is read as the command does: `ranks="1-8"`. `out`
+            writes the report there.
 
     Returns:
         the report; its `profile`, `figure()` and `write(folder)` are what the command writes.
@@ -147,9 +126,7 @@ def evaluate(adapter: Path | str, data: Path | str, **options: Any) -> "Report":
     for name in ("write", "report"):
         if name in options:
             raise AdapterError(f"{name}: of the command line only; the report that is returned can write and print itself")
-    if options.get("out") is not None:
-        options["out"] = Path(options["out"])
-    chosen = EvaluateOptions(Path(adapter), Path(data), **options)
+    chosen = typed(EvaluateOptions, {"adapter": adapter, "data": data, **options})
     report = _evaluated(chosen)
     if chosen.out is not None:
         report.write(chosen.out)
@@ -177,20 +154,17 @@ def _evaluated(options: EvaluateOptions) -> "Report":
     absent = [name for name in _LIBRARIES if find_spec(name) is None]
     if absent:
         raise AdapterError(f"{', '.join(absent)} not installed; pip install 'dylora-serve[train]' brings what evaluate needs")
-    if options.dtype not in set(Dtype):
-        raise AdapterError(f"dtype: {options.dtype!r} is not one of {', '.join(Dtype)}")
     from adapters.data.formats import read
 
     corpus = read(options.data, options.format)  # quick to refuse, before anything large is loaded
     import torch
 
-    from adapters.checkpoint import read_peft
     from adapters.evaluation.base_model import base_name, device_of, load_base
     from adapters.evaluation.evaluate import Measures, drawn, evaluate_adapter, metrics_of
     from adapters.evaluation.generation import Decoding
 
     metrics_of(corpus, options.metrics)
-    adapter = read_peft(options.adapter)
+    adapter = read_adapter(options.adapter)
     if adapter.config.labels and corpus.labels:
         corpus = corpus.with_labels(adapter.config.labels)  # its own order, of which the data may hold but some
     device = device_of(options.device)

@@ -1,10 +1,10 @@
 """`dylora export`: one rank of an adapter, for software that knows nothing of nested ones."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
-from adapters.commands.command import Command, option
+from adapters.commands.command import Command, option, typed
+from adapters.commands.dtype import Dtype
 from adapters.commands.folders import new_folder, read_adapter
 from adapters.errors import AdapterError, IllegalRank
 
@@ -29,14 +29,6 @@ in Python:
 """
 
 
-class Dtype(StrEnum):
-    """Number types of a merged model's weights."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 @dataclass(frozen=True)
 class ExportOptions:
     """Options of `dylora export`."""
@@ -46,7 +38,7 @@ class ExportOptions:
     rank: int | None = option("which of its ranks; the largest unless given", None)
     merge: bool = option("write the whole model with the adapter merged into it, which needs --model", False)
     model: str | None = option("with --merge: folder or hub name of the base model", None)
-    dtype: Dtype | None = option("with --merge: of the written weights; as the base has them unless given", None)
+    dtype: Dtype = option("with --merge: of the written weights; auto: as the base has them", Dtype.AUTO)
 
 
 def export(
@@ -55,7 +47,7 @@ def export(
     rank: int | None = None,
     merge: bool = False,
     model: Path | str | None = None,
-    dtype: Dtype | str | None = None,
+    dtype: Dtype | str = Dtype.AUTO,
 ) -> int:
     """Write one rank of an adapter to a new folder: a stock PEFT checkpoint, or the whole model with it merged in.
 
@@ -65,7 +57,7 @@ def export(
         rank: one of the adapter's ranks; the largest unless given.
         merge: write the merged model.
         model: with `merge`, folder or hub name of the base model.
-        dtype: with `merge`, float32, bfloat16 or float16; as the base's unless given.
+        dtype: with `merge`, float32, bfloat16 or float16; auto, as the base's.
 
     Returns:
         the rank that was written.
@@ -76,19 +68,23 @@ def export(
         AdapterError: `merge` without `model` or the reverse, a plain LoRA at a lower rank, `out` is there already, or the model
             can't be used.
     """
-    wanted = _checked_dtype(dtype)
-    if merge and model is None:
+    given = {"adapter": adapter, "out": out, "rank": rank, "merge": merge, "model": model, "dtype": dtype}
+    return _exported(typed(ExportOptions, given))
+
+
+def _exported(options: ExportOptions) -> int:
+    if options.merge and options.model is None:
         raise AdapterError("merge needs model: the folder or hub name of the base model")
-    for name, value in (("model", model), ("dtype", dtype)):
-        if value is not None and not merge:
+    for name, is_given in (("model", options.model is not None), ("dtype", options.dtype is not Dtype.AUTO)):
+        if is_given and not options.merge:
             raise AdapterError(f"{name} is given without merge, and means nothing for a PEFT checkpoint")
     import torch
 
     from adapters.merged_model import export_merged
     from adapters.nesting import export_rank
 
-    source = read_adapter(adapter)
-    chosen = source.config.r_max if rank is None else rank
+    source = read_adapter(options.adapter)
+    chosen = source.config.r_max if options.rank is None else options.rank
     try:
         source.config.check_rank(chosen)
     except IllegalRank as error:
@@ -98,25 +94,18 @@ def export(
                 "`dylora convert` makes it nested"
             ) from error
         raise
-    with new_folder(out) as folder:
-        if model is None:
+    with new_folder(options.out) as folder:
+        if options.model is None:
             export_rank(source, chosen, folder)
         else:
-            export_merged(source, chosen, str(model), folder, getattr(torch, wanted) if wanted else None)
+            dtype = None if options.dtype is Dtype.AUTO else getattr(torch, options.dtype)
+            export_merged(source, chosen, options.model, folder, dtype)
     return chosen
-
-
-def _checked_dtype(dtype: Dtype | str | None) -> Dtype | None:
-    if dtype is None:
-        return None
-    if dtype not in set(Dtype):
-        raise AdapterError(f"dtype: {dtype!r} is not one of {', '.join(Dtype)}")
-    return Dtype(dtype)
 
 
 def run(options: ExportOptions) -> int:
     """Export, and say in a line what was written."""
-    rank = export(options.adapter, options.out, options.rank, options.merge, options.model, options.dtype)
+    rank = _exported(options)
     print(f"wrote {options.out}: {f'{options.model} with ' if options.merge else ''}{options.adapter} at rank {rank}")
     return 0
 

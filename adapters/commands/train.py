@@ -1,13 +1,14 @@
 """`dylora train`: train one adapter that can be used at every rank."""
 
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from adapters.commands.command import Command, option
+from adapters.commands.command import Command, option, parse_ranks, typed
 from adapters.errors import TrainingError
 from adapters.training.dylora import ALL_LINEAR, DyLoRAConfig, RankDistribution, RankPer, UpdateRule
 from adapters.training.settings import OptimizerName, ReportTo, SchedulerName, TrainSettings
@@ -17,18 +18,11 @@ if TYPE_CHECKING:
 
     from adapters.training.run import TrainReport
 
+_INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C, as a shell has it."""
+
 _SETTINGS = TrainSettings()
 _DYLORA = DyLoRAConfig()
-
-
-def parse_ranks(text: str) -> tuple[int, ...]:
-    """Read "1-16" or "1,2,4,8,16"."""
-    first, dash, last = text.partition("-")
-    numbers = (first, last) if dash else tuple(text.split(","))
-    if not all(number.strip().isdecimal() for number in numbers):
-        raise ValueError(f"{text!r} is neither a range of ranks like 1-16 nor a list like 1,2,4,8,16")
-    ranks = tuple(int(number) for number in numbers)
-    return tuple(range(ranks[0], ranks[1] + 1)) if dash else ranks
 
 
 def parse_weights(text: str) -> tuple[float, ...]:
@@ -168,32 +162,12 @@ def train(
         TypeError: an option that does not exist.
     """
     named = str(model) if isinstance(model, str | Path) else str(model.name_or_path)
-    texts = {"data": data, "out": out, **options}
-    typed = TrainOptions(model=named, **{name: _typed(name, value) for name, value in texts.items()})
+    chosen = typed(TrainOptions, {"model": named, "data": data, "out": out, **options}, TrainingError)
     if isinstance(model, str | Path):
-        return _train(typed)
+        return _train(chosen)
     if tokenizer is None:
         raise TrainingError("a model that is loaded already needs its tokenizer as well")
-    return _train(typed, (model, tokenizer))
-
-
-def _typed(name: str, value: Any) -> Any:
-    """`value` as the option's type; Python's callers may give lists, and text where the command line has it."""
-    known = {f.name: f for f in fields(TrainOptions)}
-    if name not in known:
-        return value  # the dataclass refuses it, by name
-    hint, parse = get_type_hints(TrainOptions)[name], known[name].metadata["parse"]
-    if isinstance(value, str):
-        reader = parse or next((kind for kind in (hint, *getattr(hint, "__args__", ())) if _reads_text(kind)), None)
-        try:
-            return value if reader is None else reader(value)
-        except ValueError as error:
-            raise TrainingError(f"{name}: {error}") from error
-    return tuple(value) if isinstance(value, list | range) else value
-
-
-def _reads_text(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Path | StrEnum)
+    return _train(chosen, (model, tokenizer))
 
 
 def _train(options: TrainOptions, loaded: "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None" = None) -> "TrainReport":
@@ -228,13 +202,17 @@ def _require_libraries() -> None:
 
 
 def run(options: TrainOptions) -> int:
-    """Train, and say where the adapter is and what to do with it."""
+    """Train, and say where the adapter is and what to do with it; after Ctrl-C, how to go on."""
     options.settings().check_fits(options.dylora())  # before the seconds that importing torch takes
     _require_libraries()
-    from adapters.training.run import end_processes, is_main_process, quieten_libraries
+    try:
+        from adapters.training.run import end_processes, is_main_process, quieten_libraries
 
-    quieten_libraries()
-    report = _train(options)
+        quieten_libraries()
+        report = _train(options)
+    except KeyboardInterrupt as interrupt:
+        print(f"dylora: {interrupt or 'stopped before the training began'}", file=sys.stderr)
+        return _INTERRUPTED
     if is_main_process():
         print(_summary(report, options))
     end_processes()
@@ -289,7 +267,10 @@ the data is, is recognised from the file; it decides what is trained, a causal l
   {"messages": [{"role": "user", "content": "..."}, ...]}    rendered by the model's chat template
   {"text": "..."}                                            every token is learnt
   {"text": "...", "label": "..."}                            a classifier, its classes taken from the file
-  E2E, WebNLG, DART, GLUE                                    in their official files
+  E2E, WebNLG, DART; SST-2, CoLA, MRPC, RTE of GLUE          in their official files
+
+--format says what it is, where it is not to be recognised: prompt-completion, messages, text, text-label, e2e, webnlg, dart,
+sst2, cola, mrpc, rte.
 
 examples:
   dylora train --model ./base --data train.jsonl --r-max 16 --out ./adapter

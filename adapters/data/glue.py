@@ -11,6 +11,9 @@ from adapters.data.example import LabelledText
 from adapters.data.text_file import filled, lines_of, not_empty, read_text
 from adapters.errors import DataError
 
+_MARKS = frozenset("*?")
+"""What CoLA's third column is made of, where it is not empty: `*`, `*?`, `?*`, `??`."""
+
 
 @dataclass(frozen=True)
 class GlueTask:
@@ -38,12 +41,16 @@ class GlueTask:
         return tuple(self.classes.values())
 
     def recognises(self, opening: str) -> bool:
-        """Whether a file that starts with `opening` has these columns."""
-        line = next((text for _, text in lines_of(opening)), "")
-        fields = line.split("\t")
+        """Whether a file that starts with `opening` has these columns: by its header and first row, else by all its rows."""
+        rows = [tuple(line.split("\t")) for _, line in lines_of(opening)]
         if self.has_header:
-            return tuple(fields) == self.columns
-        return len(fields) == len(self.columns) and fields[self.columns.index(self.label)] in self.classes
+            return rows[:1] == [self.columns] and all(map(self._is_row, rows[1:2]))  # WNLI has RTE's header, and other labels
+        return all(map(self._is_row, rows))
+
+    def _is_row(self, fields: tuple[str, ...]) -> bool:
+        row = dict(zip(self.columns, fields, strict=False))
+        is_marked = set(row.get("mark", "").strip()) <= _MARKS
+        return len(fields) == len(self.columns) and row[self.label] in self.classes and is_marked
 
 
 SST2 = GlueTask(("sentence", "label"), True, "sentence", "label", {"0": "negative", "1": "positive"})

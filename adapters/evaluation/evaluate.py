@@ -1,5 +1,6 @@
 """An adapter's quality on a corpus: from data and model to the report."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from adapters.errors import AdapterError
 from adapters.evaluation.attach import AttachedAdapter
 from adapters.evaluation.base_model import BaseModel
 from adapters.evaluation.completions import CompletionSet
-from adapters.evaluation.generation import GREEDY, Decoding, check_room
+from adapters.evaluation.generation import GREEDY, Decoding
 from adapters.evaluation.label_metrics import LABEL_METRICS
 from adapters.evaluation.labels import LabelledSet
 from adapters.evaluation.measurement import EvaluationSet, measure
@@ -23,6 +24,8 @@ from adapters.training.chat import examples_of
 from adapters.training.encoding import encode_labelled
 from adapters.training.padding import padding_id
 from adapters.training.token_limit import max_tokens
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def evaluate_adapter(
     notes = [] if attached.adapter is adapter else [f"a plain LoRA of rank {adapter.config.r_max}, re-nested by SVD"]
     base_name = "base"
     data = evaluation_set(corpus, base, names, measures)
+    source = f"{corpus.source}; {data.lost}" if data.lost else corpus.source
+    if data.lost:
+        _LOG.warning("%s", source)
     try:
         found = measure(base.model, attached.select, data, chosen, with_base=base.has_own_head)
     finally:
@@ -93,7 +99,7 @@ def evaluate_adapter(
     return report_of(
         found,
         title=f"{title}, base model {base.name}",
-        source=corpus.source + how,
+        source=source + how,
         resamples=measures.resamples,
         seed=measures.seed,
         base_name=base_name,
@@ -142,7 +148,7 @@ def evaluation_set(corpus: Corpus, base: BaseModel, names: Sequence[MetricName],
     """The corpus, encoded for the model.
 
     Raises:
-        DataError: it does not fit the model: too long, or a template is missing.
+        DataError: it does not fit the model: all of it is too long, or a template is missing.
     """
     limit = max_tokens(base.model, base.tokenizer)
     if corpus.task is Task.CLASSIFICATION:
@@ -150,7 +156,7 @@ def evaluation_set(corpus: Corpus, base: BaseModel, names: Sequence[MetricName],
         texts = encode_labelled(items, base.tokenizer, limit or 512)
         pad = padding_id(base.model)
         return LabelledSet(texts, len(corpus.labels), names, pad_token_id=pad, batch_size=measures.batch_size)
-    data = CompletionSet(
+    return CompletionSet(
         examples_of(corpus, base.tokenizer),
         base.tokenizer,
         [TEXT_METRICS[name] for name in names if name in TEXT_METRICS],
@@ -159,6 +165,3 @@ def evaluation_set(corpus: Corpus, base: BaseModel, names: Sequence[MetricName],
         max_tokens=limit,
         with_perplexity=MetricName.PERPLEXITY in names,
     )
-    if _generates(names):
-        check_room(data.prompts, measures.decoding.max_new_tokens, limit)
-    return data

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adapters.errors import DataError
 from adapters.training.padding import padding_id
 
 
@@ -74,16 +73,6 @@ def generate(
         for row, answer in zip(rows, answers, strict=True):
             texts[row] = answer.strip()
     return texts
-
-
-def check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_tokens: int | None) -> None:
-    """Raise DataError where the longest prompt and its completion would not fit the model's positions."""
-    longest = max(len(prompt) for prompt in prompts)
-    if max_tokens is not None and longest + max_new_tokens > max_tokens:
-        raise DataError(
-            f"a prompt of {longest} tokens and max_new_tokens of {max_new_tokens} are more than the model's {max_tokens}; "
-            f"expected max_new_tokens of at most {max(0, max_tokens - longest)}"
-        )
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -23,6 +23,7 @@ class LabelledSet:
 
     Attributes:
         metrics: the loss, then those asked for.
+        lost: see `EvaluationSet`.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class LabelledSet:
         self._truth = np.array([text.label for text in texts])
         self._rows, self._collate = LabelledDataset(texts), LabelledPad(pad_token_id)
         self._classes, self._batch_size = classes, batch_size
+        cut = sum(text.is_cut for text in texts)
+        self.lost = f"{cut} of the texts cut to {max(self._lengths)} tokens" if cut else ""
         self._label_metrics = tuple(LABEL_METRICS[name] for name in metrics)
         self.metrics = (LABEL_LOSS, *self._label_metrics)
 

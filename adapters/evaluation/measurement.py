@@ -17,9 +17,11 @@ class EvaluationSet(Protocol):
 
     Attributes:
         metrics: what is measured; the first decides, so it is the steadiest.
+        lost: what of the data was cut or left out because it is too long, as a report's source says it; empty if nothing.
     """
 
     metrics: tuple[Metric, ...]
+    lost: str
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -30,6 +30,7 @@ _STYLE: Any = {
     "axes.edgecolor": _GREY,
     "axes.labelcolor": _INK,
     "text.color": _INK,
+    "text.parse_math": False,  # names of files and adapters may hold any sign, dollars too
     "xtick.color": _INK,
     "ytick.color": _INK,
     "svg.fonttype": "none",  # text stays text: it can be searched, and read aloud

@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapters.errors import InvalidAdapter
+from adapters.errors import InvalidAdapter, TrainingError
 
 TRAINED_FILE = "trained.safetensors"
 """The part of a Trainer checkpoint that holds A, B and what is trained whole."""
@@ -35,8 +36,15 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
     Raises:
         InvalidAdapter: it is of other layers or other shapes; lists every offender.
+        TrainingError: it can't be read.
     """
-    stored, own = load_file(folder / TRAINED_FILE), trained_tensors(model)
+    try:
+        stored = load_file(folder / TRAINED_FILE)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{folder / TRAINED_FILE} can't be read ({error}); delete {folder} to go on from before it"
+        ) from error
+    own = trained_tensors(model)
     problems = [f"{name} is in only one of checkpoint and model" for name in sorted(stored.keys() ^ own.keys())]
     problems += [
         f"{name} has shape {tuple(stored[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the model"

@@ -82,6 +82,8 @@ class DyLoRAConfig:
         problems = []
         if not 0 < self.geometric_p < 1:
             problems.append(f"geometric_p must lie between 0 and 1, not {self.geometric_p}")
+        elif self.distribution is not RankDistribution.GEOMETRIC and self.geometric_p != type(self).geometric_p:
+            problems.append("geometric_p is given, but distribution is not 'geometric'")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.distribution is RankDistribution.WEIGHTS:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def _completions(example: Example, prompt: tuple[int, ...], tokenizer: PreTraine
     together = tokenizer(whole, add_special_tokens=not is_templated, verbose=False).input_ids
     for text, ids in zip(texts, together, strict=True):
         follows = tuple(ids[: len(prompt)]) == prompt
-        yield (*(ids[len(prompt) :] if follows else tokenizer(text, add_special_tokens=False).input_ids), *end)
+        yield (*(ids[len(prompt) :] if follows else tokenizer(text, add_special_tokens=False, verbose=False).input_ids), *end)
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -170,11 +170,13 @@ class EncodedText:
     Attributes:
         label: the index of its class.
         token_type_ids: which text of the pair each token is of; None if the model doesn't ask for it.
+        is_cut: whether the text lost its end. Not in the repr, by which a resumed run knows its data.
     """
 
     input_ids: tuple[int, ...]
     label: int
     token_type_ids: tuple[int, ...] | None = None
+    is_cut: bool = field(default=False, repr=False)
 
 
 def encode_labelled(items: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[EncodedText]:
@@ -191,8 +193,19 @@ def encode_labelled(items: Sequence[LabelledText], tokenizer: PreTrainedTokenize
     least = tokenizer.num_special_tokens_to_add(pair=bool(seconds)) + (2 if seconds else 1)
     if max_tokens < least:
         raise DataError(f"at most {max_tokens} tokens; expected at least {least}, to hold something of every text")
-    texts = [item.text for item in items]
-    encoded = tokenizer(texts, seconds or None, truncation="longest_first", max_length=max_tokens)
+    whole = _encoded_texts(items, tokenizer)
+    long = [place for place, text in enumerate(whole) if len(text.input_ids) > max_tokens]
+    cut = _encoded_texts([items[place] for place in long], tokenizer, truncation="longest_first", max_length=max_tokens)
+    for place, text in zip(long, cut, strict=True):
+        whole[place] = replace(text, is_cut=True)
+    return whole
+
+
+def _encoded_texts(items: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, **limits: Any) -> list[EncodedText]:
+    if not items:
+        return []
+    seconds = [item.second for item in items if item.second is not None]
+    encoded = tokenizer([item.text for item in items], seconds or None, verbose=False, **limits)
     types = encoded.get("token_type_ids") or [None] * len(items)
     return [
         EncodedText(tuple(ids), item.label, None if kinds is None else tuple(kinds))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters.adapter import Adapter, LowRank
@@ -14,7 +15,8 @@ from adapters.errors import InvalidAdapter
 from adapters.training.dylora import ALL_LINEAR, UpdateRule
 
 OUTPUT_HEADS = frozenset({"lm_head"})
-"""Modules that are never adapted: they may share their weight with the input embedding."""
+"""Modules that are never adapted, by name, besides the one that a model says is its head: they may share their weight with the
+input embedding."""
 
 
 class NestedLoRA(nn.Module):
@@ -130,7 +132,12 @@ def target_paths(model: nn.Module, targets: Sequence[str] | str, trained_whole: 
     """The module paths that `targets` names; `inject` says what may be named, and what is raised."""
     modules = dict(model.named_modules())
     linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
-    heads = [p for p in modules if p.rpartition(".")[2] in OUTPUT_HEADS or _is_inside(p, trained_whole)]
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    heads = {
+        path
+        for path, module in modules.items()
+        if path.rpartition(".")[2] in OUTPUT_HEADS or module is output or _is_inside(path, trained_whole)
+    }
     if targets == ALL_LINEAR:
         every = tuple(path for path in linear if path not in heads)
         if not every:

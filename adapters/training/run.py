@@ -2,18 +2,21 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters.data import formats
 from adapters.data.example import Corpus, LabelledText, Task
 from adapters.errors import DataError, TrainingError
+from adapters.pretrained_model import first_line
 from adapters.training.base_model import Base, Precision, load_base
 from adapters.training.chat import examples_of
 from adapters.training.checkpoints import last_checkpoint
@@ -96,6 +99,7 @@ def execute(run: TrainingRun) -> TrainReport:
         DataError: the data can't be used.
         InvalidAdapter, IllegalRank: the adapter's settings don't fit the model.
         TrainingError: the run can't start, or can't go on.
+        KeyboardInterrupt: says from which checkpoint the run can be resumed.
     """
     processes = PartialState(cpu=not torch.accelerator.is_available())  # unnamed, CPUs make no group
     folder = RunFolder(run.out, run.checkpoint_dir or run.out / CHECKPOINTS)
@@ -104,6 +108,24 @@ def execute(run: TrainingRun) -> TrainReport:
         raise TrainingError("eval_steps is given, but no eval_data to measure on")
     if processes.is_main_process:
         folder.check(run.resume)
+    with _ends_in_words(folder), folder.made() if processes.is_main_process else nullcontext():
+        return _trained(run, folder, processes)
+
+
+@contextmanager
+def _ends_in_words(folder: RunFolder) -> Iterator[None]:
+    """The ordinary ends of a training, such as a full disk or Ctrl-C, as one line for the person who runs it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"the training in {folder.checkpoints} can't go on: {first_line(error)}") from error
+    except KeyboardInterrupt as interrupt:
+        last = last_checkpoint(folder.checkpoints)
+        way_on = f"the same command with --resume goes on from {last}" if last else "there is no whole checkpoint yet"
+        raise KeyboardInterrupt(f"stopped; {way_on}") from interrupt
+
+
+def _trained(run: TrainingRun, folder: RunFolder, processes: PartialState) -> TrainReport:
     corpus = formats.read(run.data, run.format)
     evaluation = None if run.eval_data is None else formats.read(run.eval_data, run.format)
     base = _base(run, corpus, processes)
@@ -170,13 +192,18 @@ def _encoded(corpus: Corpus, base: Base, max_length: int | None) -> Rows:
     limit = min((limit for limit in limits if limit is not None), default=_NO_LIMIT)
     if corpus.task is Task.CLASSIFICATION:
         texts = [item for item in corpus.items if isinstance(item, LabelledText)]
-        return encode_labelled(texts, base.tokenizer, limit)
+        labelled = encode_labelled(texts, base.tokenizer, limit)
+        _tell(corpus, limit, {"cut": sum(text.is_cut for text in labelled)})
+        return labelled
     shortened = shorten(encode(examples_of(corpus, base.tokenizer), base.tokenizer), limit)
-    lost = {"cut": shortened.cut, "left out, their prompt fills it": shortened.dropped}
+    _tell(corpus, limit, {"cut": shortened.cut, "left out, their prompt fills it": shortened.dropped})
+    return shortened.pairs
+
+
+def _tell(corpus: Corpus, limit: int, lost: Mapping[str, int]) -> None:
     for what, count in lost.items():
         if count:
             _LOG.warning("%s: %d of the examples are longer than %d tokens and %s", corpus.source, count, limit, what)
-    return shortened.pairs
 
 
 def _record(run: TrainingRun, rows: Rows, processes: int) -> dict[str, object]:

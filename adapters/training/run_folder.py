@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,8 @@ class RunFolder:
             self._refuse_foreign()
             return
         for folder in (self.out, self.checkpoints):
-            found = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+            inside = folder.glob("*") if folder.is_dir() else ()
+            found = sorted(path.name for path in inside if not self.checkpoints.is_relative_to(path))  # that is looked into
             if found:
                 raise TrainingError(f"{folder} is not empty ({', '.join(found[:3])}) and holds no run; choose another folder")
 
@@ -76,8 +78,29 @@ class RunFolder:
                 f"{self.out} holds what is not of the run in {self.checkpoints} ({shown}); choose another --out for its adapter"
             )
 
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Make the folders for the block, so that what can't be written shows before the work; if it fails, new empty ones go.
+
+        Raises:
+            TrainingError: they can't be made.
+        """
+        new = [folder for each in (self.checkpoints, self.out) for folder in (each, *each.parents) if not folder.exists()]
+        try:
+            for folder in (self.out, self.checkpoints):
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise TrainingError(f"{folder} can't be made: {error.strerror or error}") from error
+            yield
+        except BaseException:
+            for folder in sorted(set(new), reverse=True):  # a folder before the one it lies in
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
     def open(self, run: Mapping[str, object], resume: bool) -> None:
-        """Make the folders for `run`, or find them as an earlier start of the same run left them.
+        """Take the folders, which `made` made, for `run`, or find them as an earlier start of the same run left them.
 
         Args:
             run: what makes it this run, in JSON's types.
@@ -89,8 +112,6 @@ class RunFolder:
         self.check(resume)
         if (self.checkpoints / RUN_FILE).exists():
             self._refuse_differences(run)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_whole(self.checkpoints / RUN_FILE, json.dumps(run, indent=2, sort_keys=True) + "\n")
 
     def _refuse_differences(self, run: Mapping[str, object]) -> None:
