@@ -98,14 +98,14 @@ def test_the_tokenizer_comes_along_and_is_not_made_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stored", "asked", "written"),
     [
-        (torch.bfloat16, None, torch.bfloat16),
-        (torch.float16, None, torch.float16),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.float16, "auto", torch.float16),
         (torch.float32, "bfloat16", torch.bfloat16),
         (torch.bfloat16, "float32", torch.float32),
     ],
 )
 def test_weights_are_rounded_once_to_the_dtype_asked_for(
-    stored: torch.dtype, asked: str | None, written: torch.dtype, tmp_path: Path
+    stored: torch.dtype, asked: str, written: torch.dtype, tmp_path: Path
 ) -> None:
     base, adapter = base_of("qwen2", tmp_path / "base", stored), dylora_of("qwen2", tmp_path / "adapter")
     export(adapter, tmp_path / "out", rank=2, merge=True, model=base, dtype=asked)
