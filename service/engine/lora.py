@@ -275,8 +275,9 @@ class LoraBank:
 
     def _give_back(self) -> None:
         """Hold no columns if there are too many and nobody uses them. Adapters without users are placed anew when needed."""
-        needed = sum(len(resident.columns) for resident in self._residents.values())
-        if self._capacity > self._least_capacity and 4 * needed < self._capacity and not self.users:
+        if self._capacity == self._least_capacity or self.users:
+            return
+        if 4 * sum(len(resident.columns) for resident in self._residents.values()) < self._capacity:
             for resident in list(self._residents.values()):
                 self._evict(resident)
             for module in self._adapted.values():
