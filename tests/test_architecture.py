@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("adapters held", "service.http.adapters", "served_adapter registry load_folder uploads calibration"),
     ("what all share", "service.http", "services not_served schemas"),
     ("adapters changed", "service.http.adapters", "changes schemas"),
-    ("a request", "service.http.generation", "selection arrival fan_out token_limits prompt_length choice submit served"),
+    ("a request", "service.http.generation", "selection arrival fan_out token_limits choice submit served"),
     ("of TGI and LoRAX", "service.http.tgi", "tasks answers"),
     ("of OpenAI", "service.http.openai", "schemas answer_schemas tasks heading logprobs answers streams models"),
     (

@@ -303,35 +303,44 @@ def test_replacing_and_deleting_do_not_disturb_requests_in_flight(tmp_path: Path
         assert server.generate(adapter_id="demo").status_code == 404
 
 
-def test_the_second_of_two_uploads_of_a_name_is_409(tmp_path: Path, folder: Path) -> None:
-    with on_socket(tmp_path) as (server, _):
-        is_reading, may_end = threading.Event(), threading.Event()
-        request = server.client.build_request("PUT", "/adapters/demo", files=files_of(folder))
-        content = request.read()
+@contextmanager
+def half_uploaded(server: Server, root: Path, folder: Path, name: str = "slow") -> Iterator[Callable[[], httpx.Response]]:
+    """An upload that the server is reading; a call sends the rest and waits for the answer."""
+    is_begun, may_end = threading.Event(), threading.Event()
+    request = server.client.build_request("PUT", f"/adapters/{name}", files=files_of(folder))
+    content = request.read()
 
-        def slowly() -> Iterator[bytes]:
-            yield content[:10]
-            is_reading.set()
-            assert may_end.wait(10)
-            yield content[10:]
+    def slowly() -> Iterator[bytes]:
+        yield content[:10]
+        is_begun.set()
+        assert may_end.wait(20)
+        yield content[10:]
 
-        answers: list[httpx.Response] = []
-        headers = {"Content-Type": request.headers["content-type"]}
-        slow = threading.Thread(
-            target=lambda: answers.append(server.client.put("/adapters/demo", content=slowly(), headers=headers))
-        )
-        slow.start()
-        assert is_reading.wait(10)
-        while not list((tmp_path / "store" / "tmp").iterdir()):  # its folder: the server has claimed the name
+    headers = {"Content-Type": request.headers["content-type"]}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.client.put, f"/adapters/{name}", content=slowly(), headers=headers)
+        assert is_begun.wait(20)
+        while not list((root / "store" / "tmp").iterdir()):  # its folder: the server has claimed the name
             server.client.get("/health")
+
+        def rest() -> httpx.Response:
+            may_end.set()
+            return answer.result(20)
+
+        try:
+            yield rest
+        finally:
+            may_end.set()
+
+
+def test_the_second_of_two_uploads_of_a_name_is_409(tmp_path: Path, folder: Path) -> None:
+    with on_socket(tmp_path) as (server, _), half_uploaded(server, tmp_path, folder, "demo") as rest:
         second = server.client.put("/adapters/demo", files=files_of(folder))
         deleted = server.client.delete("/adapters/demo")
         other = server.client.put("/adapters/other-name", files=files_of(folder))
-        may_end.set()
-        slow.join(10)
         assert (second.status_code, deleted.status_code, other.status_code) == (409, 409, 201)
         assert second.json()["error_type"] == "adapter_busy"
-        assert answers[0].status_code == 200
+        assert rest().status_code == 200
 
 
 def test_an_upload_that_breaks_off_leaves_the_old_version(tmp_path: Path, folder: Path) -> None:
@@ -366,36 +375,6 @@ def test_a_query_parameter_that_there_is_not_is_refused(server: Server) -> None:
     response = server.client.delete("/adapters/demo", params={"force": 1})
     assert (response.status_code, response.json()["error"]) == (422, "force: no such query parameter; there are none here")
     assert server.client.get("/adapters/demo").status_code == 200
-
-
-@contextmanager
-def half_uploaded(server: Server, root: Path, folder: Path) -> Iterator[Callable[[], httpx.Response]]:
-    """An upload that the server is reading; a call sends the rest and waits for the answer."""
-    is_begun, may_end = threading.Event(), threading.Event()
-    request = server.client.build_request("PUT", "/adapters/slow", files=files_of(folder))
-    content = request.read()
-
-    def slowly() -> Iterator[bytes]:
-        yield content[:10]
-        is_begun.set()
-        assert may_end.wait(20)
-        yield content[10:]
-
-    headers = {"Content-Type": request.headers["content-type"]}
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(server.client.put, "/adapters/slow", content=slowly(), headers=headers)
-        assert is_begun.wait(20)
-        while not list((root / "store" / "tmp").iterdir()):
-            server.client.get("/health")
-
-        def rest() -> httpx.Response:
-            may_end.set()
-            return answer.result(20)
-
-        try:
-            yield rest
-        finally:
-            may_end.set()
 
 
 def test_an_upload_has_all_the_time_of_a_drain(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

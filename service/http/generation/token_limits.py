@@ -51,7 +51,9 @@ class TokenLimits:
             InvalidRequest: the prompt is empty, or too much is asked for.
             PromptTooLong: the prompt is.
         """
-        self._check_prompt(prompt_tokens, fields)
+        if not prompt_tokens:
+            raise InvalidRequest(fields.prompt, "holds no token for this model; give some text")
+        self._check_longest(prompt_tokens, fields)
         if asked is not None and self.most_new is not None and asked > self.most_new:
             message = f"{asked} is above this server's limit; legal: 1 to {self.most_new}"
             raise InvalidRequest(fields.new_tokens, message)
@@ -72,9 +74,27 @@ class TokenLimits:
             raise InvalidRequest(fields.least_new_tokens, message)
         return new_tokens
 
-    def _check_prompt(self, prompt_tokens: int, fields: TokenFields) -> None:
-        if not prompt_tokens:
-            raise InvalidRequest(fields.prompt, "holds no token for this model; give some text")
+    def check_text(self, text: str, longest_token: int | None, fields: TokenFields) -> None:
+        """Refuse what is certainly too long before it is tokenised, which takes a second for a megabyte, one text at a time.
+
+        Args:
+            longest_token: see `ModelFacts`; None refuses nothing.
+
+        Raises:
+            PromptTooLong: the prompt has too many tokens even if each of them is the vocabulary's longest.
+        """
+        if longest_token is None:
+            return
+        least = -(-len(text) // longest_token)
+        self._check_longest(least, fields, "at least ")
+        if least >= self.context:
+            hint = f", or set {fields.truncate} to at most {self.context - 1}" if fields.truncate else ""
+            message = f"at least {least} prompt tokens, above the context of {self.context} tokens; shorten the prompt{hint}"
+            raise PromptTooLong(fields.prompt, message)
+
+    def _check_longest(self, prompt_tokens: int, fields: TokenFields, at_least: str = "") -> None:
         if self.longest_prompt is not None and prompt_tokens > self.longest_prompt:
-            message = f"{prompt_tokens} prompt tokens are above this server's limit; legal: 1 to {self.longest_prompt}"
+            message = (
+                f"{at_least}{prompt_tokens} prompt tokens are above this server's limit; legal: 1 to {self.longest_prompt}"
+            )
             raise PromptTooLong(fields.prompt, message)

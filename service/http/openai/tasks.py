@@ -5,7 +5,6 @@ from collections.abc import Callable
 from service.core import EngineProtocol, SamplingParams
 from service.errors import InvalidRequest
 from service.http.adapters.registry import UNNAMED
-from service.http.generation.prompt_length import check_length
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
 from service.http.openai.schemas import (
@@ -39,7 +38,7 @@ def completion_task(body: CompletionRequest, base: str, is_known: IsKnown) -> Ta
     def encode(engine: EngineProtocol, limits: TokenLimits) -> tuple[tuple[int, ...], ...]:
         for prompt in body.prompt:
             if isinstance(prompt, str) and not body.truncate_prompt_tokens:
-                check_length(prompt, engine.model, limits, _COMPLETION_FIELDS)
+                limits.check_text(prompt, engine.model.longest_token, _COMPLETION_FIELDS)
         prompts = (_prompt_ids(engine, prompt, with_special=body.add_special_tokens) for prompt in body.prompt)
         return tuple(_truncated(body, ids) for ids in prompts)
 
@@ -78,7 +77,7 @@ def chat_task(body: ChatRequest, base: str, is_known: IsKnown) -> Task:
             continue_final_message=body.continue_final_message,
         )
         if not body.truncate_prompt_tokens:
-            check_length(text, engine.model, limits, _CHAT_FIELDS)
+            limits.check_text(text, engine.model.longest_token, _CHAT_FIELDS)
         return (_truncated(body, engine.encode(text, with_special=False)),)
 
     def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:

@@ -3,7 +3,6 @@
 import secrets
 
 from service.core import EngineProtocol, SamplingParams
-from service.http.generation.prompt_length import check_length
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
 from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
@@ -20,7 +19,7 @@ def generate_task(body: GenerateRequest) -> Task:
     def encode(engine: EngineProtocol, limits: TokenLimits) -> tuple[tuple[int, ...], ...]:
         if parameters.truncate:
             return (engine.encode(body.inputs)[-parameters.truncate :],)
-        check_length(body.inputs, engine.model, limits, FIELDS)
+        limits.check_text(body.inputs, engine.model.longest_token, FIELDS)
         return (engine.encode(body.inputs),)
 
     def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:
