@@ -7,8 +7,6 @@
 
 #undef LANES
 #define LANES 8 /* heads are as narrow as 8 */
-#include <omp.h>
-
 #include "attention.h"
 #include "vectors.h"
 
@@ -217,7 +215,7 @@ static void join_parts(const struct attention *a, const float *found_by, long pa
     }
 }
 
-void dylora_attend_together(const struct attention *a, float *parts) {
+void dylora_attend_together(const struct attention *a, float *parts, struct barrier *barrier) {
     const struct seen *seen = &a->seen;
     if (seen->pieces) dylora_attend_chunks(a);
     long firsts[seen->rows + 1], row = 0;
@@ -242,7 +240,7 @@ void dylora_attend_together(const struct attention *a, float *parts) {
             for (long h = 0; h < heads * group; h++) divide(sums + h * a->value_dim, found[h].total, a->value_dim);
     }
     if (all_parts == seen->rows) return;
-#pragma omp barrier
+    wait_for_all(barrier);
 #pragma omp for schedule(static) nowait
     for (long joined = 0; joined < seen->rows; joined++) {
         long count = firsts[joined + 1] - firsts[joined];
@@ -253,6 +251,7 @@ void dylora_attend_together(const struct attention *a, float *parts) {
 
 void dylora_attend(const struct attention *a, int threads) {
     float *parts = dylora_room_for_parts(a);
+    struct barrier barrier = {};
 #pragma omp parallel num_threads(threads)
-    dylora_attend_together(a, parts);
+    dylora_attend_together(a, parts, &barrier);
 }

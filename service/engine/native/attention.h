@@ -3,6 +3,8 @@
 #ifndef DYLORA_ATTENTION_H
 #define DYLORA_ATTENTION_H
 
+#include "barrier.h"
+
 /* What rows see of their own sequences: first those of prompts, in pieces of consecutive rows of one sequence, then single rows.
    The last row of each sees the first `ends` positions, which stand in the blocks from `starts` on, the row before it one less. */
 struct seen {
@@ -28,7 +30,7 @@ struct attention {
 float *dylora_room_for_parts(const struct attention *a);
 
 /* To be called by every thread of a parallel region, whose other threads may still compute when it returns. */
-void dylora_attend_together(const struct attention *a, float *parts);
+void dylora_attend_together(const struct attention *a, float *parts, struct barrier *barrier);
 void dylora_attend_chunks(const struct attention *a); /* the part of it that is of prompts */
 
 #endif

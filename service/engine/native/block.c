@@ -59,12 +59,13 @@ struct step {
     const long *slots; /* [rows], where keys and values go */
 };
 
-/* Memory of one block, which the next overwrites. */
+/* What the threads share: memory of one block, which the next overwrites, and where they wait for each other. */
 struct room {
+    struct barrier *barrier;
     float *normed, *key, *value, *query, *attended, *gate, *up, *products;
 };
 
-static struct room room_for(const struct block *b, const struct step *s) {
+static struct room room_for(const struct block *b, const struct step *s, struct barrier *barrier) {
     long width = b->kv_heads * b->dim, heads = b->heads * b->dim;
     struct part none[3] = {b->inputs[0], b->inputs[1], b->inputs[2]};
     long in = most_of(most_of(b->hidden, b->inner), heads);
@@ -72,7 +73,7 @@ static struct room room_for(const struct block *b, const struct step *s) {
     long lengths[] = {b->hidden, width, width, heads, heads, b->inner, b->inner}, total = 0;
     for (int i = 0; i < 7; i++) total += s->rows * lengths[i];
     float *at = scratch(total + room_of(&largest));
-    struct room room;
+    struct room room = {barrier};
     float **places[] = {&room.normed, &room.key, &room.value, &room.query, &room.attended, &room.gate, &room.up};
     for (int i = 0; i < 7; i++) *places[i] = at, at += s->rows * lengths[i];
     room.products = at;
@@ -83,11 +84,11 @@ static void multiply_in(const struct room *room, const struct step *s, const flo
     struct products p = products_of(s->rows, in, parts, count, s->lora);
     p.turned = room->products;
     p.low = p.turned + (p.is_turned ? s->rows * in : 0);
-    multiply_all(&p, x);
+    multiply_all(&p, x, room->barrier);
 }
 
 static void normalise_all(const struct block *b, const struct step *s, const float *x, const float *weight, float *to) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long row = 0; row < s->rows; row++)
         normalise(x + row * b->hidden, weight, b->hidden, b->epsilon, to + row * b->hidden);
 }
@@ -98,9 +99,10 @@ static void before_attention(const struct block *b, const struct step *s, const 
     struct part parts[3] = {b->inputs[0], b->inputs[1], b->inputs[2]};
     parts[0].y = room->query, parts[1].y = room->key, parts[2].y = room->value;
     normalise_all(b, s, x, b->norms[0], room->normed);
+    wait_for_all(room->barrier);
     multiply_in(room, s, room->normed, b->hidden, parts, 3);
-#pragma omp barrier
-#pragma omp for schedule(static)
+    wait_for_all(room->barrier);
+#pragma omp for schedule(static) nowait
     for (long row = 0; row < s->rows; row++) {
         for (long head = 0; head < b->heads + b->kv_heads; head++) {
             int is_key = head >= b->heads;
@@ -118,12 +120,14 @@ static void after_attention(const struct block *b, const struct step *s, const s
     struct part output = *b->output, doors[2] = {b->doors[0], b->doors[1]}, down = *b->down;
     output.add = output.y = x, doors[0].y = room->gate, doors[1].y = room->up, down.add = down.y = x;
     multiply_in(room, s, room->attended, b->heads * b->dim, &output, 1);
-#pragma omp barrier
+    wait_for_all(room->barrier);
     normalise_all(b, s, x, b->norms[1], room->normed);
+    wait_for_all(room->barrier);
     multiply_in(room, s, room->normed, b->hidden, doors, 2);
-#pragma omp barrier
-#pragma omp for schedule(static)
+    wait_for_all(room->barrier);
+#pragma omp for schedule(static) nowait
     for (long row = 0; row < s->rows; row++) open_gates(room->gate + row * b->inner, room->up + row * b->inner, b->inner);
+    wait_for_all(room->barrier);
     multiply_in(room, s, room->gate, b->inner, &down, 1);
 }
 
@@ -135,7 +139,8 @@ static struct attention attention_of(const struct block *b, const struct room *r
 /* All blocks, one after the other, and the norm that ends them; x [rows, hidden] is overwritten with the result. */
 void dylora_blocks(
     const struct block *const *blocks, long count, const struct step *s, const struct seen *seen, const float *norm, float *x, int threads) {
-    struct room room = room_for(blocks[0], s);
+    struct barrier barrier = {};
+    struct room room = room_for(blocks[0], s, &barrier);
     float *parts = 0;
     for (long i = 0; i < count; i++) { /* one that sees further than the others needs more */
         struct attention attention = attention_of(blocks[i], &room, seen);
@@ -146,10 +151,11 @@ void dylora_blocks(
         const struct block *b = blocks[i];
         struct attention attention = attention_of(b, &room, seen);
         before_attention(b, s, &room, x);
-        dylora_attend_together(&attention, parts);
-#pragma omp barrier
+        wait_for_all(&barrier);
+        dylora_attend_together(&attention, parts, &barrier);
+        wait_for_all(&barrier);
         after_attention(b, s, &room, x);
-#pragma omp barrier
+        wait_for_all(&barrier);
         if (i + 1 == count) normalise_all(b, s, x, norm, x);
     }
 }

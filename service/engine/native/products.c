@@ -7,6 +7,7 @@ void dylora_products(const float *x, long rows, long in, const struct part *part
     struct products p = products_of(rows, in, parts, count, lora);
     p.turned = scratch(room_of(&p));
     p.low = p.turned + (p.is_turned ? rows * in : 0);
+    struct barrier barrier = {};
 #pragma omp parallel num_threads(threads)
-    multiply_all(&p, x);
+    multiply_all(&p, x, &barrier);
 }

@@ -9,8 +9,7 @@
 #ifndef DYLORA_PRODUCTS_H
 #define DYLORA_PRODUCTS_H
 
-#include <omp.h>
-
+#include "barrier.h"
 #include "tiles.h"
 #include "turn.h"
 
@@ -20,7 +19,7 @@ TILES(tiles, store)
 #define BLOCK_ROWS 4
 #define SOON 32 /* inputs: how far ahead of its use a weight is asked of memory, 2 KiB */
 #define LINE 64 /* bytes that come from memory together: a panel of one input */
-#define CHUNK 16 /* most panels between the base's product and the adapters' on top of it */
+#define CHUNK 8 /* most panels between the base's product and the adapters' on top of it */
 
 /* One of several products of the same rows, as when query, key and value are computed of one x. */
 struct part {
@@ -61,9 +60,9 @@ static void turn(const float *x, long rows, long in, long groups, float *turned)
 
 /* ---- the base's product ------------------------------------------------------------------------------------------------- */
 
-/* Outputs of one tile's width, from `panel` on, of all rows. */
+/* Outputs of one tile's width, from `panel` on, of all rows; of a single row those of one panel. */
 static void multiply(const struct part *p, const float *x, int is_turned, long rows, long in, long groups, long panel) {
-    int is_single = panel + 1 == p->out / PANEL;
+    int is_single = rows == 1 || panel + 1 == p->out / PANEL;
     long other = apart(is_single, in * PANEL), step = apart(is_single, LANES);
     for (long k = 0; k < in; k += DEPTH) {
         long depth = at_most(DEPTH, in - k);
@@ -183,21 +182,22 @@ static long chunk_of(long panels, long threads) {
 
 /* y = add + bias + x w^T + (scale * x A^T) B for each part; x [rows, in]. To be called by every thread of a parallel region,
    whose other threads may still compute when it returns. */
-static void multiply_all(const struct products *p, const float *x) {
+static void multiply_all(const struct products *p, const float *x, struct barrier *barrier) {
     if (p->is_turned) turn(x, p->rows, p->in, p->groups, p->turned);
     for (long i = 0; p->lora && i < p->count; i++)
         if (p->parts[i].a) shrink(p->parts + i, p->lora, x, p->in, p->most, p->low + i * p->low_size);
-    if (p->is_turned || p->lora) {
-#pragma omp barrier
-    }
+    if (p->is_turned || p->lora) wait_for_all(barrier);
     const float *read = p->is_turned ? p->turned : x;
+    /* A single row waits for memory, which gives most to one who reads on and on: two panels are two places. */
+    long together = p->rows == 1 ? 1 : PANELS;
     for (long i = 0; i < p->count; i++) {
         const struct part *part = p->parts + i;
         long panels = part->out / PANEL, chunk = chunk_of(panels, omp_get_num_threads());
-#pragma omp for schedule(static) nowait
+        /* Who comes takes: memory is never as fast for one thread as for another, and all wait for the last. */
+#pragma omp for schedule(monotonic : dynamic, 1) nowait
         for (long first = 0; first < panels; first += chunk) {
             long end = at_most(first + chunk, panels);
-            for (long panel = first; part->w && panel < end; panel += PANELS)
+            for (long panel = first; part->w && panel < end; panel += together)
                 multiply(part, read, p->is_turned, p->rows, p->in, p->groups, panel);
             if (p->lora && part->a) expand(part, p->lora, p->low + i * p->low_size, p->most, first, end);
         }
