@@ -21,6 +21,7 @@ static inline void stream(float *at, vec value) {
 TILES(streamed, stream)
 
 #define SOON 32 /* inputs: how far ahead of its use a weight is asked of memory, 2 KiB */
+#define ROWS 6  /* inputs of a tile: so few that the processor reads the next ones while it sums these */
 
 /* merged = w + scale * B[:, :rank] A[:rank], for the panels from `first` to `end`; a [rank, in], b [out, b_stride].
    `merged` is aligned to 64 bytes. */
@@ -33,10 +34,10 @@ void dylora_merge(const float *w, const float *a, const float *b, long b_stride,
             for (long j = 0; j < PANEL; j++)
                 for (long r = 0; r < rank; r++)
                     turned[(v * rank + r) * PANEL + j] = scale * b[((panel + v) * PANEL + j) * b_stride + r];
-        for (long k = 0; k < in; k += MOST_ROWS) {
-            long rows = at_most(MOST_ROWS, in - k);
-            const float *from[MOST_ROWS];
-            float *to[MOST_ROWS];
+        for (long k = 0; k < in; k += ROWS) {
+            long rows = at_most(ROWS, in - k);
+            const float *from[ROWS];
+            float *to[ROWS];
             for (long i = 0; i < rows; i++) {
                 from[i] = w + (panel * in + k + i) * PANEL;
                 to[i] = merged + (panel * in + k + i) * PANEL;
