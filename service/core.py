@@ -381,7 +381,7 @@ class EngineObservers:
 
 
 class EngineProtocol(Protocol):
-    """What the HTTP layer knows of the engine. `FakeEngine` is the other implementation."""
+    """What the HTTP layer knows of the engine. Its tests have an implementation without a model."""
 
     @property
     def model(self) -> ModelFacts:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from service.core import GenerationRequest
-from service.engine.fake_engine import FakeEngine
+from tests.fake_engine import FakeEngine
 from tests.http_harness import Server, in_process, on_socket
 from tests.http_keys import make_key, write_keys
 

@@ -6,10 +6,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.core import Aborted, EngineStats, Finished, FinishReason, Mode, StepReport, Token, TokenEvent, Usage
-from service.engine.fake_engine import FakeEngine
 from service.http.generation.tracking import RequestTracker, TrackedRequest
 from service.http.limits import DrainRate
 from service.http.metrics import RANKS_PER_ADAPTER, Metrics
+from tests.fake_engine import FakeEngine
 from tests.http_harness import PROFILE, Server, adapter, files_of, folder_of, in_process
 
 NAMES = {

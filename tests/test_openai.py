@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from service.core import SamplingParams
-from service.engine.fake_engine import FakeEngine
 from service.http.openai.schemas import ChatRequest, CompletionRequest
+from tests.fake_engine import FakeEngine
 from tests.http_harness import Server, adapter, in_process
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -4,9 +4,9 @@ import threading
 import pytest
 
 from service.core import Aborted, Failed, Finished, GenerationRequest, SamplingParams, TokenEvent
-from service.engine.fake_engine import FakeEngine
 from service.errors import DeadlinePassed, QueueFull, SlowReader
 from service.http.generation.stream import EventStream
+from tests.fake_engine import FakeEngine
 
 
 def request(tokens: int = 5) -> GenerationRequest:

@@ -1,7 +1,7 @@
 """An engine without a model: it speaks EngineProtocol, and its words follow from prompt, adapter and rank alone.
 
-The HTTP layer is tested, and can be looked at, with it: no weights, no torch, an answer in microseconds. A test steers
-it with `paused`, `hold_loads`, `fail_next` and `refuse_adapters`, and waits on `wait_until` instead of sleeping.
+The HTTP layer is tested with it: no weights, no torch, an answer in microseconds. A test steers it with
+`paused`, `hold_loads`, `fail_next` and `refuse_adapters`, and waits on `wait_until` instead of sleeping.
 """
 
 from __future__ import annotations
