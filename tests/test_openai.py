@@ -339,6 +339,23 @@ def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
         assert "no chat template" in refused(chat(server), "messages")
 
 
+class KnowsMore(FakeEngine):
+    """One whose tokenizer has a token that its model has not."""
+
+    def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
+        return (*super().encode(text, with_special=with_special), self.model.vocab_size)
+
+
+def test_a_token_that_the_model_has_not_is_blamed_on_the_field_that_was_sent(tmp_path: Path) -> None:
+    with in_process(tmp_path, engine=KnowsMore()) as server:
+        said = "the model has no token 257, which the prompt contains; legal: 0 to 256"
+        assert refused(complete(server), "prompt") == f"prompt: {said}"
+        assert refused(complete(server, prompt=[1, 257]), "prompt") == f"prompt: {said}"
+        assert refused(chat(server), "messages") == f"messages: {said}"
+        assert server.generate().json()["error"] == f"inputs: {said}"
+        good(complete(server, prompt=[1, 256]))
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [

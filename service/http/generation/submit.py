@@ -44,7 +44,7 @@ class Task:
     Attributes:
         adapter, rank, policy: as the body names them; `select` joins them with the headers.
         encode: token ids of each prompt. Called in a thread. Raises InvalidRequest.
-        sampling: what the engine is to be told of a prompt of so many tokens. Raises InvalidRequest.
+        sampling: what the engine is to be told of a prompt, by its token ids. Raises InvalidRequest.
         prompts, copies: how many prompts there are, and how many sequences to make of each.
         slo: its latency objectives, perhaps none.
         adapter_field, copies_field: what the schema calls them, for errors; how_to_sample: what it takes to draw tokens.
@@ -54,7 +54,7 @@ class Task:
     rank: RankWish
     policy: str | None
     encode: Callable[[EngineProtocol, TokenLimits], Prompts]
-    sampling: Callable[[int, TokenLimits], SamplingParams]
+    sampling: Callable[[Sequence[int], TokenLimits], SamplingParams]
     prompts: int = 1
     copies: int = 1
     slo: Slo = NO_SLO
@@ -104,7 +104,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     arrival.admission.count(task.prompts * task.copies, task.copies_field if task.prompts == 1 else "prompt")
     limits = TokenLimits.of(settings, services.engine.model)
     prompts = await _tokenized(task, services.engine, limits, deadline)
-    asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
+    asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(prompt, limits), task)]
     arrived_at = monotonic_of(arrival.arrived_at, asyncio.get_running_loop().time())
     deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):

@@ -1,6 +1,7 @@
 """What a body of /generate asks for."""
 
 import secrets
+from collections.abc import Sequence
 
 from service.core import EngineProtocol, SamplingParams
 from service.http.generation.submit import Task
@@ -19,12 +20,12 @@ def generate_task(body: GenerateRequest) -> Task:
     def encode(engine: EngineProtocol, limits: TokenLimits) -> tuple[tuple[int, ...], ...]:
         if parameters.truncate:
             return (engine.encode(body.inputs)[-parameters.truncate :],)
-        limits.check_text(body.inputs, engine.model.longest_token, FIELDS)
+        limits.check_text(body.inputs, FIELDS)
         return (engine.encode(body.inputs),)
 
-    def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:
+    def sampling(prompt: Sequence[int], limits: TokenLimits) -> SamplingParams:
         least = parameters.min_new_tokens or 0
-        new_tokens = limits.new_tokens(prompt_tokens, parameters.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, least, FIELDS)
+        new_tokens = limits.new_tokens(prompt, parameters.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, least, FIELDS)
         return _sampling(parameters, new_tokens)
 
     return Task(
