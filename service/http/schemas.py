@@ -17,6 +17,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from service.core import FinishReason, Mode
+from service.http.error_table import KINDS
 from service.http.not_served import NotServed
 from service.rank.rank_policy import RankReason, RankWish
 from service.slo import Slo
@@ -406,4 +407,4 @@ class ErrorResponse(BaseModel):
     """TGI's error body."""
 
     error: str
-    error_type: str
+    error_type: str = Field(description=f"One of {', '.join(sorted({kind.type for kind in KINDS}))}.")
