@@ -3,13 +3,13 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 
-from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams, TokenEvent
+from service.core import EngineProtocol, Event, GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.adapters.served_adapter import ServedAdapter
 from service.http.generation.arrival import Arrival, Deadline
@@ -20,7 +20,6 @@ from service.http.generation.selection import select
 from service.http.generation.stream import EventStream
 from service.http.generation.token_limits import TokenLimits
 from service.http.generation.tracking import RequestTracker, TrackedRequest
-from service.http.latencies import Latencies
 from service.http.services import Services
 from service.http.shadow import Followed
 from service.rank.prospect import Ask
@@ -139,22 +138,6 @@ async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProto
     return await to_thread.run_sync(work, engine, limiter=_tokenizer_thread)
 
 
-def _remembering(on_event: EventSink, latencies: Latencies, request: TrackedRequest) -> EventSink:
-    """Also remember how long a request of an adapter took, if it had one rank."""
-    adapter, changed = request.adapter, False
-    if adapter is None:
-        return on_event
-
-    def hear(event: Event) -> None:
-        nonlocal changed
-        on_event(event)
-        changed |= isinstance(event, TokenEvent) and event.rank != request.rank
-        if isinstance(event, Finished) and not changed:
-            latencies.add(adapter, request.rank, event.usage)
-
-    return hear
-
-
 def _asks(asked: Sequence[tuple[tuple[int, ...], SamplingParams]], copies: int) -> list[Ask]:
     """The work of each sequence. The engine reads a prompt once for all of its copies, but for its last tokens."""
     return [ask_of(1 if number % copies else len(prompt), sampling) for number, (prompt, sampling) in enumerate(asked)]
@@ -187,15 +170,14 @@ def _fan_out(
     streams = []
     for prompt_ids, sampling in asked:
         tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
-        tracker = RequestTracker(services.metrics, tracked, services.drain_rate, measurement.arrived_at)
         request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group, arrival.caller.name or None)
         change = _changing(services.engine, request.request_id, chosen.adapter) if is_alone else None
-        measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling), change)
-        followed = services.shadow.follow(adapter, prompt_ids, choice, full)
-        # Measured first: whoever hears of the end may ask for the verdict at once.
-        on_event = _all(measured.on_event, _remembering(tracker.on_event, services.latencies, tracked), followed.on_event)
-        submitting = _submitting(measured, followed)
-        streams.append(EventStream(services.engine, request, on_event, max_unread, arrived, submitting))
+        observers = _Observers(
+            measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling), change),
+            RequestTracker(services.metrics, services.drain_rate, services.latencies, tracked, measurement.arrived_at),
+            services.shadow.follow(adapter, prompt_ids, choice, full),
+        )
+        streams.append(EventStream(services.engine, request, observers.on_event, max_unread, arrived, observers.in_flight))
     return FanOut(streams, arrived)
 
 
@@ -205,18 +187,20 @@ def _changing(engine: EngineProtocol, request_id: str, adapter: ServedAdapter | 
     return lambda rank: engine.change_rank(request_id, adapter.choice(rank))
 
 
-def _all(*sinks: EventSink) -> EventSink:
-    def hear(event: Event) -> None:
-        for sink in sinks:
-            sink(event)
+@dataclass(frozen=True)
+class _Observers:
+    """All that follows one sequence."""
 
-    return hear
+    measured: SequenceMeasurement
+    tracker: RequestTracker
+    followed: Followed
 
-
-def _submitting(measured: SequenceMeasurement, followed: Followed) -> Callable[[], AbstractContextManager[None]]:
     @contextmanager
-    def submitting() -> Iterator[None]:
-        with measured.in_flight(), followed.in_flight():
+    def in_flight(self) -> Iterator[None]:
+        with self.measured.in_flight(), self.followed.in_flight():
             yield
 
-    return submitting
+    def on_event(self, event: Event) -> None:
+        self.measured.on_event(event)  # first: whoever hears of the end may ask for the verdict at once
+        self.tracker.on_event(event)
+        self.followed.on_event(event)
