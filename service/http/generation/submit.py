@@ -29,7 +29,9 @@ from service.slo import NO_SLO, Slo
 _SUBMIT_TRIES = 3
 """How often a name is looked up again when its version was unloaded between look-up and submit."""
 
-_tokenizer_thread = CapacityLimiter(1)
+_SHORT_CHARACTERS = 8192
+"""Of texts that are tokenised in a few milliseconds."""
+_short_texts, _long_texts = CapacityLimiter(1), CapacityLimiter(1)
 
 Made = TypeVar("Made")
 Prompts = tuple[tuple[int, ...], ...]
@@ -44,6 +46,7 @@ class Task:
         adapter, rank, policy: as the body names them; `select` joins them with the headers.
         encode: token ids of each prompt. Called in a thread. Raises InvalidRequest.
         sampling: what the engine is to be told of a prompt, by its token ids. Raises InvalidRequest.
+        characters: of all prompts.
         prompts, copies: how many prompts there are, and how many sequences to make of each.
         slo: its latency objectives, perhaps none.
         adapter_field, copies_field: what the schema calls them, for errors; how_to_sample: what it takes to draw tokens.
@@ -54,6 +57,7 @@ class Task:
     policy: str | None
     encode: Callable[[EngineProtocol, TokenLimits], Prompts]
     sampling: Callable[[Sequence[int], TokenLimits], SamplingParams]
+    characters: int
     prompts: int = 1
     copies: int = 1
     slo: Slo = NO_SLO
@@ -127,15 +131,18 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
 
 async def _tokenized(task: Task, engine: EngineProtocol, limits: TokenLimits, deadline: Deadline) -> Prompts:
     with CancelScope(deadline=deadline.at):  # ends the wait for the others' texts; the own one, once begun, is read to its end
-        return await tokenizing(lambda each: task.encode(each, limits), engine)
+        return await tokenizing(lambda each: task.encode(each, limits), engine, task.characters)
     raise deadline.error()
 
 
-async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol) -> Made:
-    """What needs the engine's tokenizer, off the event loop, because a long text takes long; one at a time, because fast
-    tokenizers are not re-entrant.
+async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol, characters: int) -> Made:
+    """What needs the engine's tokenizer, off the event loop, because a long text takes long.
+
+    A text waits for those of its kind, short or long, one at a time: no long one delays the first token of a short one, and no
+    more than two threads take time from the engine's.
     """
-    return await to_thread.run_sync(work, engine, limiter=_tokenizer_thread)
+    limiter = _short_texts if characters <= _SHORT_CHARACTERS else _long_texts
+    return await to_thread.run_sync(work, engine, limiter=limiter)
 
 
 def _asks(asked: Sequence[tuple[tuple[int, ...], SamplingParams]], copies: int) -> list[Ask]:

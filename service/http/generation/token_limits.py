@@ -92,7 +92,7 @@ class TokenLimits:
         return new_tokens
 
     def check_text(self, text: str, fields: TokenFields) -> None:
-        """Refuse what is certainly too long before it is tokenised, which takes a second for a megabyte, one text at a time.
+        """Refuse what is certainly too long before it is tokenised, which takes a second for a megabyte.
 
         Raises:
             PromptTooLong: the prompt has too many tokens even if each of them is the vocabulary's longest.

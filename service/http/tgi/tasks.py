@@ -34,6 +34,7 @@ def generate_task(body: GenerateRequest) -> Task:
         policy=parameters.rank_policy,
         encode=encode,
         sampling=sampling,
+        characters=len(body.inputs),
         copies=parameters.best_of or 1,
         slo=parameters.slo,
     )
