@@ -1,6 +1,7 @@
 """A task as an HTTP answer, whole or streamed, for every generating route."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -24,8 +25,9 @@ async def answer_whole(request: Request, services: Services, task: Task, collect
     """Generate, and answer when all is complete."""
     submitted = await _submit(request, services, task, is_streamed=False)
     try:
-        async with submitted.sequences, closing_on_disconnect(request.receive, submitted.sequences):
-            answer = await collect(submitted)
+        with closing(submitted.sequences):
+            async with closing_on_disconnect(request.receive, submitted.sequences):
+                answer = await collect(submitted)
     except ClientGone:
         return Response(status_code=CLIENT_GONE.status)
     headers = serving_headers(submitted, answer.mode) | timing_headers(answer.usage)
