@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("runner", "service.engine", "ticket runner model_check planner"),
     ("backends", "service.engine", "backend"),
     ("on a GPU", "service.engine.cuda", "paged_attention graphs backend"),
-    ("engine", "service.engine", "backend_choice options readiness engine"),
+    ("engine", "service.engine", "backend_choice options observers readiness engine"),
     ("latency", "service.latency", "sweep cache start"),
     ("around the engine", "service.http", "error_table metrics limits tenants shadow tracing latencies"),
     ("a request's events", "service.http.generation", "stream tracking measurement"),

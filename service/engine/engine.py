@@ -15,7 +15,6 @@ from service.core import (
     Aborted,
     AdapterChoice,
     EngineObserver,
-    EngineObservers,
     EngineStats,
     Event,
     EventSink,
@@ -27,6 +26,7 @@ from service.core import (
 from service.engine.backend import Backend
 from service.engine.backend_choice import backend_for
 from service.engine.model import LoadedModel
+from service.engine.observers import EngineObservers
 from service.engine.options import EngineOptions
 from service.engine.planner import Planner
 from service.engine.prompts import Prompts
