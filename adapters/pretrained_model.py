@@ -38,18 +38,23 @@ class Loaded:
     missing: tuple[str, ...]
     mismatched: tuple[str, ...]
 
+    @property
+    def random(self) -> tuple[str, ...]:
+        """Names of all parameters that did not come from the files."""
+        return (*self.missing, *self.mismatched)
 
-def load_config(name: str) -> Any:
+
+def load_config(name: str, revision: str | None = None) -> Any:
     """The config of a model, by its folder or its name on the hub."""
-    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, by its folder or its name on the hub."""
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
-def load_model(loader: Any, name: str, **options: Any) -> Loaded:
+def load_pretrained(loader: Any, name: str, **options: Any) -> Loaded:
     """A model, by its folder or its name on the hub.
 
     Args:
@@ -78,8 +83,8 @@ def load_for(adapter: Adapter, loader: Any, name: str, config: Any, dtype: torch
     Raises:
         InvalidAdapter: there are weights that neither of them has.
     """
-    loaded = load_model(loader, name, config=config, dtype="auto" if dtype is None else dtype)
-    lacking = sorted({*loaded.missing, *loaded.mismatched} - set(adapter.saved_modules))
+    loaded = load_pretrained(loader, name, config=config, dtype="auto" if dtype is None else dtype)
+    lacking = sorted({*loaded.random} - set(adapter.saved_modules))
     if lacking:
         raise InvalidAdapter([f"{key}: neither the base model {name} nor the adapter has it trained" for key in lacking])
     loaded.model.train(False).requires_grad_(False)

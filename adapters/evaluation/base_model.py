@@ -94,7 +94,7 @@ def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.devi
         _check_classes(model, adapter, corpus)
     model.to(device)
     shown = Path(name).resolve().name if Path(name).is_dir() else name
-    return BaseModel(shown, model, tokenizer, has_own_head=not (loaded.missing or loaded.mismatched))
+    return BaseModel(shown, model, tokenizer, has_own_head=not loaded.random)
 
 
 def _check_classes(model: PreTrainedModel, adapter: Adapter, corpus: Corpus) -> None:

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from adapters.data.example import Task
 from adapters.errors import TrainingError
-from adapters.pretrained_model import Loaded, load_config, load_model, load_tokenizer, refused
+from adapters.pretrained_model import Loaded, load_config, load_pretrained, load_tokenizer, refused
 from adapters.training.heads import modules_to_train
 from adapters.training.padding import set_padding
 
@@ -110,10 +110,10 @@ def load_base(
     with refused(f"model {name!r} can't be loaded for {task}", TrainingError):
         tokenizer = load_tokenizer(name)
         if task is Task.CLASSIFICATION:
-            loaded = load_model(AutoModelForSequenceClassification, name, **_classes(labels), **options)
+            loaded = load_pretrained(AutoModelForSequenceClassification, name, **_classes(labels), **options)
         else:
             _refuse_encoder(name)
-            loaded = load_model(AutoModelForCausalLM, name, **options)
+            loaded = load_pretrained(AutoModelForCausalLM, name, **options)
     _refuse_random_weights(name, task, loaded)
     set_padding(loaded.model, tokenizer)
     return Base(loaded.model, tokenizer, loaded.missing)
@@ -138,7 +138,7 @@ def _refuse_encoder(name: str) -> None:
 def _refuse_random_weights(name: str, task: Task, loaded: Loaded) -> None:
     """What is random must be trained and saved with the adapter, and only a classifier's new parts are."""
     whole = modules_to_train(loaded.model, loaded.missing)
-    lost = [key for key in (*loaded.missing, *loaded.mismatched) if not any(key.startswith(path + ".") for path in whole)]
+    lost = [key for key in loaded.random if not any(key.startswith(path + ".") for path in whole)]
     if lost:
         shown = ", ".join(sorted(lost)[:3]) + (", ..." if len(lost) > 3 else "")
         raise TrainingError(f"model {name!r} lacks {len(lost)} of the weights that {task} needs, or has others: {shown}")
