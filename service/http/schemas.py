@@ -55,6 +55,11 @@ def checked_temperature(value: float | None) -> float | None:
     return value
 
 
+def given_or(value: float | None, neutral: float) -> float:
+    """`value`, or what asks for nothing where it is null."""
+    return neutral if value is None else value
+
+
 def is_none(value: object) -> bool:
     """For fields that are left out where they say nothing."""
     return value is None

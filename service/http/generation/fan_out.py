@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import secrets
 from collections import deque
 from collections.abc import Sequence
 
@@ -11,6 +12,11 @@ from service.http.generation.stream import TERMINAL, EventStream, submit_all
 
 _SEED_BITS = 53
 """What every JSON reader keeps exactly."""
+
+
+def drawn_seed() -> int:
+    """A seed where the client leaves it to us."""
+    return secrets.randbits(_SEED_BITS)
 
 
 def sequence_seed(seed: int, index: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from service.core import EngineProtocol, SamplingParams
 from service.errors import InvalidRequest
 from service.http.adapters.registry import UNNAMED
+from service.http.generation.fan_out import drawn_seed
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
 from service.http.openai.schemas import (
@@ -15,7 +16,7 @@ from service.http.openai.schemas import (
     CompletionRequest,
     OpenAIRequest,
 )
-from service.http.tgi.tasks import drawn_seed, given_or
+from service.http.schemas import given_or
 
 IsKnown = Callable[[str], bool]
 """Whether there is an adapter of a name, for the caller."""
