@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from adapters.adapter import Adapter, LowRank
 from adapters.errors import AdapterError
 from adapters.merge import check_fits, merge, replace_parameters
-from adapters.pretrained_model import quiet, refused
+from adapters.pretrained_model import load_config, load_for, load_tokenizer, quiet, refused
 from adapters.training.padding import set_padding
 
 _AUTO_CLASSES = {
@@ -105,10 +105,11 @@ def load_base(name: str, adapter: Adapter) -> PreTrainedModel:
     A classifier is made as large as the one that the adapter brings.
 
     Raises:
-        AdapterError: it can't be loaded, is quantised, or lacks weights that the adapter does not bring either.
+        AdapterError: it can't be loaded, or is quantised.
+        InvalidAdapter: it lacks weights that the adapter does not bring either.
     """
     with quiet(), refused(f"model {name!r} can't be loaded"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = load_config(name)
     if getattr(config, "quantization_config", None) is not None:
         raise AdapterError(
             f"model {name!r} is quantised, and what is rounded to a few bits takes no small update: merge into the model that "
@@ -117,14 +118,7 @@ def load_base(name: str, adapter: Adapter) -> PreTrainedModel:
     loader = _class_for(name, config, adapter)
     with quiet(), refused(f"model {name!r} can't be loaded"):
         _size_head(config, loader, adapter)
-        model, info = loader.from_pretrained(
-            name, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    absent = sorted(set(info["missing_keys"]) - set(adapter.saved_modules))
-    if absent:
-        raise AdapterError(f"model {name!r} has no {', '.join(absent[:5])}, and neither has the adapter")
-    found: PreTrainedModel = model.train(False).requires_grad_(False)
-    return found
+        return load_for(adapter, loader, name, config).model
 
 
 def _class_for(name: str, config: Any, adapter: Adapter) -> Any:
@@ -203,7 +197,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _tokenizer_of(base: str) -> PreTrainedTokenizerBase | None:
     """The base's own, if it has one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = load_tokenizer(base)
     except (OSError, ValueError, KeyError):
         return None
     # Where its files are missing, transformers may make up a tokenizer without words from the model's type.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,8 +11,6 @@ from service.errors import InvalidRequest, ServiceError
 
 if TYPE_CHECKING:
     from adapters.adapter import Adapter
-
-log = logging.getLogger(__name__)
 
 
 class Mode(StrEnum):
@@ -353,35 +350,8 @@ class EngineObserver(Protocol):
         """Merged weights were computed."""
 
 
-class EngineObservers:
-    """Several observers as one. One that raises, as it must not, keeps neither the engine nor the others from going on."""
-
-    def __init__(self, *observers: EngineObserver) -> None:
-        self._observers = observers
-        self._logged: set[str] = set()
-
-    def on_step(self, report: StepReport) -> None:
-        """Tell each of a step."""
-        for observer in self._observers:
-            self._tell(observer, "on_step", lambda each: each.on_step(report))
-
-    def on_merge(self, seconds: float) -> None:
-        """Tell each of a merge."""
-        for observer in self._observers:
-            self._tell(observer, "on_merge", lambda each: each.on_merge(seconds))
-
-    def _tell(self, observer: EngineObserver, event: str, call: Callable[[EngineObserver], None]) -> None:
-        try:
-            call(observer)
-        except Exception:
-            what = f"{event} of {type(observer).__name__}"
-            if what not in self._logged:  # once, since it may be so in every step
-                log.exception("%s raised, and is not told of again", what)
-                self._logged.add(what)
-
-
 class EngineProtocol(Protocol):
-    """What the HTTP layer knows of the engine. `FakeEngine` is the other implementation."""
+    """What the HTTP layer knows of the engine. Its tests have an implementation without a model."""
 
     @property
     def model(self) -> ModelFacts:

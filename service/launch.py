@@ -12,9 +12,10 @@ from transformers.utils import logging as transformers_logging
 from adapters.limits import CheckpointLimits
 from adapters.store.store import AdapterStore
 from service import allocator, demo, log
-from service.core import EngineObserver, EngineObservers, EngineProtocol
+from service.core import EngineObserver, EngineProtocol
 from service.engine.engine import Engine
 from service.engine.model import load_model
+from service.engine.observers import EngineObservers
 from service.engine.options import EngineOptions
 from service.http import server
 from service.http.app import create_app

@@ -21,7 +21,6 @@ from adapters.config import AdapterKind
 from adapters.limits import CheckpointLimits
 from adapters.quality import QUALITY_FILE, Metric, QualityProfile
 from adapters.store.store import AdapterStore
-from service.engine.fake_engine import FakeEngine
 from service.http.app import create_app
 from service.http.metrics import Metrics
 from service.http.server import DrainingServer
@@ -29,6 +28,7 @@ from service.http.services import Services
 from service.http.tracing import Tracing
 from service.settings import Settings
 from tests.checkpoints import random_adapter
+from tests.fake_engine import FakeEngine
 
 PROFILE = QualityProfile((Metric("bleu", True, {1: 40.0, 2: 59.0, 3: 59.8, 4: 60.0}),), "a made-up set")
 """Within one percent of the best from rank 3 on."""

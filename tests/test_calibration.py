@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from service.core import Usage
-from service.engine.fake_engine import FakeEngine
 from service.http.adapters.calibration import MAX_UNFINISHED, METRIC
 from service.http.latencies import WINDOW, Latencies, Percentiles
 from tests.e2e.tiny_server import wait_until
+from tests.fake_engine import FakeEngine
 from tests.http_harness import Server, adapter, files_of, folder_of, in_process
 
 TEXTS = [{"prompt": "ab", "completion": "cd"}, "xyz"]

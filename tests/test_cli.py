@@ -27,7 +27,7 @@ PAUSED_SERVER = """
 import signal, sys
 from contextlib import ExitStack
 from service.cli import main
-from service.engine.fake_engine import FakeEngine
+from tests.fake_engine import FakeEngine
 
 def make_engine(settings, observer):
     engine = FakeEngine(observer)

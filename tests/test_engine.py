@@ -13,7 +13,6 @@ from adapters.errors import IllegalRank, InvalidAdapter
 from service.core import (
     Aborted,
     AdapterChoice,
-    EngineObservers,
     Failed,
     Finished,
     FinishReason,
@@ -25,6 +24,7 @@ from service.core import (
 )
 from service.engine.engine import Engine
 from service.engine.model import prepare_model
+from service.engine.observers import EngineObservers
 from service.engine.options import EngineOptions
 from service.errors import Draining, EngineDown, EngineFailed, InvalidRequest, ModelRefused, QueueFull, UnknownAdapter
 from tests.engine_harness import Client, Reports, character_tokenizer, generate, generate_merged, random_dylora, running_engine

@@ -4,7 +4,8 @@ import pytest
 
 from adapters.errors import AdapterError, AdapterTooLarge
 from service.errors import ServiceError
-from service.http.error_table import ERROR_TABLE, error_body, kind_of
+from service.http.error_table import ERROR_TABLE, KINDS, error_body, kind_of, kind_of_status
+from tests.documents import ROOT
 
 
 def tree(root: type[Exception]) -> Iterator[type[Exception]]:
@@ -26,11 +27,21 @@ def test_the_table_names_nothing_else() -> None:
 
 
 def test_statuses_are_errors_and_waiting_is_advised_only_where_it_helps() -> None:
-    for kind in ERROR_TABLE.values():
+    for kind in KINDS:
         assert 400 <= kind.status <= 599
         assert kind.type
         assert kind.retry_after_s is None or kind.status in (409, 429, 503)
         assert kind.status not in (429, 503) or kind.retry_after_s
+
+
+def test_a_status_of_the_framework_s_has_its_kind_from_the_table() -> None:
+    assert all(kind_of_status(status) in KINDS for status in (404, 405, 408, 413))
+    assert kind_of_status(418).type == "validation"
+
+
+def test_no_kind_is_made_outside_the_table() -> None:
+    makers = [path.name for path in (ROOT / "service").rglob("*.py") if "ErrorKind(" in path.read_text(encoding="utf-8")]
+    assert makers == ["error_table.py"]
 
 
 def test_the_nearest_ancestor_decides() -> None:

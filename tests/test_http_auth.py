@@ -9,9 +9,9 @@ import httpx
 import pytest
 from starlette.routing import BaseRoute, Route
 
-from service.engine.fake_engine import FakeEngine
 from service.keys import Scope, new_token
 from service.log import logger
+from tests.fake_engine import FakeEngine
 from tests.http_harness import Server, adapter, files_of, folder_of, in_process
 from tests.http_keys import MadeKey, make_key, write_keys
 

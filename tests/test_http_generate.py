@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from service.core import FinishReason, GenerationRequest
-from service.engine.fake_engine import FakeEngine
+from tests.fake_engine import FakeEngine
 from tests.http_harness import Server, adapter, in_process, on_socket, unread
 
 

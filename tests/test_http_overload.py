@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from service.core import GenerationRequest
-from service.engine.fake_engine import FakeEngine
+from tests.fake_engine import FakeEngine
 from tests.http_harness import Server, in_process, on_socket
 from tests.http_keys import make_key, write_keys
 
@@ -308,14 +308,30 @@ def test_prompts_are_bounded(tmp_path: Path, limit: int, status: int) -> None:
 class Reading(FakeEngine):
     """One that takes as long over a text as a test wants."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.is_reading, self.may_end = threading.Event(), threading.Event()
 
     def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
-        self.is_reading.set()
-        assert self.may_end.wait(20)
+        if text.startswith("the first"):
+            self.is_reading.set()
+            assert self.may_end.wait(20)
         return super().encode(text, with_special=with_special)
+
+
+def test_a_long_text_that_is_tokenised_delays_no_short_one(tmp_path: Path) -> None:
+    engine = Reading(max_context_tokens=10**5)
+    with on_socket(tmp_path, engine=engine) as (server, _):
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(server.generate("the first" * 1000)))
+        thread.start()
+        assert engine.is_reading.wait(20)
+        assert server.generate("the second").status_code == 200
+        late = server.generate("the third" * 1000, headers={"X-Request-Timeout-Ms": "50"})
+        assert late.status_code == 504
+        engine.may_end.set()
+        thread.join(20)
+        assert answers[0].status_code == 200
 
 
 def test_the_wait_for_the_tokenizer_ends_at_the_deadline(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.engine.fake_engine import FakeEngine
 from service.http.generation.fan_out import sequence_seed
+from tests.fake_engine import FakeEngine
 from tests.http_harness import Server, in_process
 
 

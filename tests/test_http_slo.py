@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from service.core import Aborted, Failed, Finished, FinishReason, Mode, StepReport, Token, TokenEvent, Usage
-from service.engine.fake_engine import FakeEngine
 from service.errors import EngineFailed
 from service.http.generation.measurement import Measurement
 from service.http.generation.selection import SLO_HEADERS
@@ -20,6 +19,7 @@ from service.rank.load import LoadBook
 from service.rank.prospect import Ask
 from service.rank.rank_policy import RankDecision, RankReason
 from service.slo import Slo
+from tests.fake_engine import FakeEngine
 from tests.http_harness import PROFILE, Server, adapter, in_process
 from tests.http_keys import make_key, write_keys
 from tests.made_up_steps import known_statistics

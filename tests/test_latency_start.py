@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.core import AdapterChoice, EngineObservers, GenerationRequest, Mode, SamplingParams
+from service.core import AdapterChoice, GenerationRequest, Mode, SamplingParams
+from service.engine.observers import EngineObservers
 from service.latency.cache import MAX_BYTES, cache_path, read_statistics, write_statistics
 from service.latency.start import prepare
 from service.latency.sweep import PLAN, sweep, synthetic_adapters

@@ -176,6 +176,17 @@ def classifier_adapter(tmp_path: Path) -> Path:
     return save_random_peft(model, config, tmp_path / "adapter")
 
 
+def test_a_base_s_head_for_other_classes_makes_room_for_the_adapter_s(tmp_path: Path) -> None:
+    adapter = classifier_adapter(tmp_path)
+    load = AutoModelForSequenceClassification.from_pretrained
+    load(tmp_path / "base", num_labels=5).save_pretrained(tmp_path / "five")
+    export(adapter, tmp_path / "out", merge=True, model=tmp_path / "five")
+    wrapped = PeftModel.from_pretrained(load(tmp_path / "base", num_labels=3), str(adapter)).eval()
+    with torch.no_grad():
+        expected, got = wrapped(TOKENS[:1]).logits, load(tmp_path / "out").eval()(TOKENS[:1]).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
 def without_head(tmp_path: Path) -> tuple[Path, Path]:
     adapter = classifier_adapter(tmp_path)
     tensors = {name: tensor for name, tensor in load_file(adapter / TENSORS_FILE).items() if "score" not in name}
@@ -228,7 +239,7 @@ def of_no_model(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (without_head, r"has no score.weight, and neither has the adapter"),
+        (without_head, r"score.weight: neither the base model .* nor the adapter has it trained"),
         (quantised, r"is quantised, and what is rounded to a few bits takes no small update"),
         (pickled, r"can't be loaded: .*safetensors"),
         (resized, r"embed_tokens.weight: has shape \[98, 32\], the base model \[96, 32\] \(was its vocabulary resized\?"),

@@ -6,10 +6,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.core import Aborted, EngineStats, Finished, FinishReason, Mode, StepReport, Token, TokenEvent, Usage
-from service.engine.fake_engine import FakeEngine
 from service.http.generation.tracking import RequestTracker, TrackedRequest
+from service.http.latencies import Latencies
 from service.http.limits import DrainRate
 from service.http.metrics import RANKS_PER_ADAPTER, Metrics
+from tests.fake_engine import FakeEngine
 from tests.http_harness import PROFILE, Server, adapter, files_of, folder_of, in_process
 
 NAMES = {
@@ -160,7 +161,7 @@ def test_ranks_are_bounded_too() -> None:
 
 def test_an_aborted_request_is_counted_with_what_it_made() -> None:
     metrics = Metrics()
-    tracker = RequestTracker(metrics, TrackedRequest("id", "a", 2, prompt_tokens=7), DrainRate(), arrived_at=0.0)
+    tracker = RequestTracker(metrics, DrainRate(), Latencies(), TrackedRequest("id", "a", 2, prompt_tokens=7), arrived_at=0.0)
     tracker.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.MIXED, rank=2))
     tracker.on_event(Aborted("id"))
     labels = {"adapter": "a", "rank": "2", "mode": "mixed", "outcome": "aborted"}
@@ -176,7 +177,8 @@ def test_a_scrape_works_before_the_engine_starts() -> None:
 
 def test_times_are_counted_from_the_arrival() -> None:
     metrics = Metrics()
-    tracker = RequestTracker(metrics, TrackedRequest("id", "a", 2, prompt_tokens=7), DrainRate(), time.monotonic() - 10)
+    request, arrived_at = TrackedRequest("id", "a", 2, prompt_tokens=7), time.monotonic() - 10
+    tracker = RequestTracker(metrics, DrainRate(), Latencies(), request, arrived_at)
     tracker.on_event(TokenEvent("id", Token(1, "x", 0.0), Mode.MIXED, rank=2))
     tracker.on_event(Finished("id", FinishReason.LENGTH, "x", Mode.MIXED, Usage(7, 1, 0.0, 0.0, 0.0)))
     labels = {"adapter": "a", "rank": "2"}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -145,6 +146,18 @@ def test_what_is_no_causal_model_or_no_safetensors_is_refused(tmp_path: Path) ->
         load_model(str(folder))
     with pytest.raises(ModelRefused, match="could not be loaded"):
         load_model(str(tmp_path / "nothing here"))
+
+
+def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    folder = Path(save(tiny_model("llama"), tmp_path))
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if "q_proj" not in name}, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelRefused, match=r"files lack these weights, .* model\.layers\.0\.self_attn\.q_proj\.weight, model"):
+        load_model(str(folder))
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ModelRefused, match=r"could not be loaded: .*file not fully covered"):
+        load_model(str(folder))
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the genuine small model is not beside this checkout")

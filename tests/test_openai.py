@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from service.core import SamplingParams
-from service.engine.fake_engine import FakeEngine
 from service.http.openai.schemas import ChatRequest, CompletionRequest
+from tests.fake_engine import FakeEngine
 from tests.http_harness import Server, adapter, in_process
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -337,6 +337,23 @@ def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
     engine.has_chat_template = False
     with in_process(tmp_path, engine=engine) as server:
         assert "no chat template" in refused(chat(server), "messages")
+
+
+class KnowsMore(FakeEngine):
+    """One whose tokenizer has a token that its model has not."""
+
+    def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
+        return (*super().encode(text, with_special=with_special), self.model.vocab_size)
+
+
+def test_a_token_that_the_model_has_not_is_blamed_on_the_field_that_was_sent(tmp_path: Path) -> None:
+    with in_process(tmp_path, engine=KnowsMore()) as server:
+        said = "the model has no token 257, which the prompt contains; legal: 0 to 256"
+        assert refused(complete(server), "prompt") == f"prompt: {said}"
+        assert refused(complete(server, prompt=[1, 257]), "prompt") == f"prompt: {said}"
+        assert refused(chat(server), "messages") == f"messages: {said}"
+        assert server.generate().json()["error"] == f"inputs: {said}"
+        good(complete(server, prompt=[1, 256]))
 
 
 @pytest.mark.parametrize(

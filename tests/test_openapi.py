@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.engine.fake_engine import FakeEngine
 from tests.e2e.own_environment import own_environment
+from tests.fake_engine import FakeEngine
 from tests.http_harness import on_socket
 from tests.http_keys import make_key, write_keys
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import pytest
 
 from service.core import AdapterChoice, EngineObserver, EngineStats, GenerationRequest, SamplingParams
-from service.engine.fake_engine import FakeEngine
 from service.http.metrics import Metrics
 from service.http.shadow import MAX_WAITING, ShadowScorer, mean_difference
 from tests.engine_harness import Client, random_dylora, running_engine
+from tests.fake_engine import FakeEngine
 from tests.tiny_models import tiny_model
 
 VERSION = "v"

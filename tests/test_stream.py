@@ -1,12 +1,13 @@
 import asyncio
 import threading
+from contextlib import closing
 
 import pytest
 
 from service.core import Aborted, Failed, Finished, GenerationRequest, SamplingParams, TokenEvent
-from service.engine.fake_engine import FakeEngine
 from service.errors import DeadlinePassed, QueueFull, SlowReader
 from service.http.generation.stream import EventStream
+from tests.fake_engine import FakeEngine
 
 
 def request(tokens: int = 5) -> GenerationRequest:
@@ -17,7 +18,7 @@ def test_all_events_come_in_order_and_end_with_the_terminal_one() -> None:
     async def run(engine: FakeEngine) -> None:
         events = EventStream(engine, request())
         events.submit()
-        async with events:
+        with closing(events):
             found = [event async for event in events]
         assert [type(event) for event in found] == [TokenEvent] * 5 + [Finished]
 
@@ -30,8 +31,8 @@ def test_leaving_early_aborts_and_the_place_is_free() -> None:
         events = EventStream(engine, request(400), lambda event: ended.set() if isinstance(event, Aborted) else None)
         events.submit()
         with engine.paused():
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.05), events:
+            with pytest.raises(TimeoutError), closing(events):
+                async with asyncio.timeout(0.05):
                     async for _ in events:
                         pass
             assert await asyncio.to_thread(ended.wait, 10)

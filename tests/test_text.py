@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from service.engine.prompts import Prompts
 from service.engine.text import TextStream
 from service.engine.vocabulary import Spelling, Vocabulary, longest_token
 
@@ -197,3 +199,16 @@ def test_where_any_number_of_characters_may_vanish_the_length_says_nothing(name:
     else:
         tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     assert longest_token(tokenizer) is None
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, word_pieces])
+def test_threads_that_read_at_once_get_what_one_gets_alone(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    made = make()
+    made.backend_tokenizer.enable_truncation(4)
+    made.backend_tokenizer.enable_padding(length=9)
+    prompts = Prompts(made)
+    wanted = [TEXT[start:] for start in range(0, 200, 5)]
+    alone = [prompts.encode(text) for text in wanted]
+    assert len(alone[0]) > 9
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(prompts.encode, wanted * 10)) == alone * 10

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -17,8 +15,8 @@ from transformers import (
 from adapters.adapter import Adapter
 from adapters.data.example import Corpus, Task
 from adapters.demo import ARTIFACTS, BASE_NAME
-from adapters.errors import AdapterError, DataError, InvalidAdapter
-from adapters.pretrained_model import quiet, refused
+from adapters.errors import AdapterError, DataError
+from adapters.pretrained_model import load_config, load_for, load_tokenizer, quiet, refused
 from adapters.training.padding import set_padding
 
 
@@ -68,7 +66,7 @@ def base_name(model: Path | str | None, adapter: Adapter) -> str:
 
 
 def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.device, dtype: torch.dtype | None) -> BaseModel:
-    """Load model and tokenizer. Only safetensors are read, and no code that comes with a model is run.
+    """Load model and tokenizer.
 
     Args:
         name: a folder or a hub name.
@@ -85,29 +83,18 @@ def load_base(name: str, adapter: Adapter, corpus: Corpus, *, device: torch.devi
     is_classifier = corpus.task is Task.CLASSIFICATION
     loader: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     with quiet(), refused(f"model: {name} can't be loaded"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = load_config(name)
         if is_classifier:
             config.num_labels = len(corpus.labels)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = loader.from_pretrained(
-            name,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=is_classifier,  # a head of another task, which counts as missing below
-        )
+        tokenizer = load_tokenizer(name)
+        loaded = load_for(adapter, loader, name, config, dtype)
+    model = loaded.model
     set_padding(model, tokenizer)
-    absent = {str(key[0] if isinstance(key, tuple) else key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
     if is_classifier:
         _check_classes(model, adapter, corpus)
-    lacking = sorted(absent - set(adapter.saved_modules))
-    if lacking:
-        raise InvalidAdapter([f"{key}: neither the base model {name} nor the adapter has it trained" for key in lacking])
     model.to(device)
     shown = Path(name).resolve().name if Path(name).is_dir() else name
-    return BaseModel(shown, model.train(False).requires_grad_(False), tokenizer, has_own_head=not absent)
+    return BaseModel(shown, model, tokenizer, has_own_head=not loaded.random)
 
 
 def _check_classes(model: PreTrainedModel, adapter: Adapter, corpus: Corpus) -> None:

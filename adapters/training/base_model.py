@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from adapters.data.example import Task
 from adapters.errors import TrainingError
-from adapters.pretrained_model import LOADING_ERRORS, first_line
+from adapters.pretrained_model import Loaded, load_config, load_pretrained, load_tokenizer, refused
 from adapters.training.heads import modules_to_train
 from adapters.training.padding import set_padding
 
@@ -107,49 +105,40 @@ def load_base(
     Raises:
         TrainingError: it can't be loaded, is not made for the task, or lacks weights.
     """
-    packing = precision.loading_options(device, _CLASSIFIER_PARTS if task is Task.CLASSIFICATION else None)
-    options = {**packing, "use_safetensors": True, "trust_remote_code": False}  # nothing that comes with a model is run
+    options = precision.loading_options(device, _CLASSIFIER_PARTS if task is Task.CLASSIFICATION else None)
     torch.manual_seed(seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    with refused(f"model {name!r} can't be loaded for {task}", TrainingError):
+        tokenizer = load_tokenizer(name)
         if task is Task.CLASSIFICATION:
-            model, info = _load_classifier(name, labels, options)
+            loaded = load_pretrained(AutoModelForSequenceClassification, name, **_classes(labels), **options)
         else:
             _refuse_encoder(name)
-            model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except LOADING_ERRORS as error:
-        raise TrainingError(f"model {name!r} can't be loaded for {task}: {first_line(error)}") from error
-    base = Base(model, tokenizer, tuple(sorted(info["missing_keys"])))
-    _refuse_random_weights(name, task, base, [str(key[0]) for key in info["mismatched_keys"]])
-    set_padding(model, tokenizer)
-    return base
+            loaded = load_pretrained(AutoModelForCausalLM, name, **options)
+    _refuse_random_weights(name, task, loaded)
+    set_padding(loaded.model, tokenizer)
+    return Base(loaded.model, tokenizer, loaded.missing)
 
 
-def _load_classifier(name: str, labels: Sequence[str], options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
-        name,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-        problem_type="single_label_classification",
-        # A head for other classes is of no use.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
-    return loaded
+def _classes(labels: Sequence[str]) -> dict[str, Any]:
+    """What the config of a classifier says of them."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
 
 
 def _refuse_encoder(name: str) -> None:
-    config = AutoConfig.from_pretrained(name)
+    config = load_config(name)
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise ValueError(f"{config.model_type} reads both ways; causal data needs a model that predicts the next token")
 
 
-def _refuse_random_weights(name: str, task: Task, base: Base, mismatched: Sequence[str]) -> None:
+def _refuse_random_weights(name: str, task: Task, loaded: Loaded) -> None:
     """What is random must be trained and saved with the adapter, and only a classifier's new parts are."""
-    whole = modules_to_train(base.model, base.missing)
-    lost = [key for key in (*base.missing, *mismatched) if not any(key.startswith(path + ".") for path in whole)]
+    whole = modules_to_train(loaded.model, loaded.missing)
+    lost = [key for key in loaded.random if not any(key.startswith(path + ".") for path in whole)]
     if lost:
         shown = ", ".join(sorted(lost)[:3]) + (", ..." if len(lost) > 3 else "")
         raise TrainingError(f"model {name!r} lacks {len(lost)} of the weights that {task} needs, or has others: {shown}")

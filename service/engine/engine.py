@@ -15,7 +15,6 @@ from service.core import (
     Aborted,
     AdapterChoice,
     EngineObserver,
-    EngineObservers,
     EngineStats,
     Event,
     EventSink,
@@ -27,6 +26,7 @@ from service.core import (
 from service.engine.backend import Backend
 from service.engine.backend_choice import backend_for
 from service.engine.model import LoadedModel
+from service.engine.observers import EngineObservers
 from service.engine.options import EngineOptions
 from service.engine.planner import Planner
 from service.engine.prompts import Prompts
@@ -268,11 +268,11 @@ class Engine:
         asked = len(request.prompt_ids) + request.sampling.max_new_tokens
         limit = self._facts.max_context_tokens
         if not request.prompt_ids:
-            raise InvalidRequest("inputs", "the prompt has no tokens; at least one is needed")
+            raise InvalidRequest("prompt_ids", "the prompt has no tokens; at least one is needed")
         if min(request.prompt_ids) < 0 or max(request.prompt_ids) not in self._token_ids:  # a tokenizer may know more tokens
             unknown = next(token for token in request.prompt_ids if token not in self._token_ids)
             message = f"the model has no token {unknown}, which the prompt contains; legal: 0 to {self._token_ids[-1]}"
-            raise InvalidRequest("inputs", message)
+            raise InvalidRequest("prompt_ids", message)
         if asked > limit:
             raise InvalidRequest(
                 "max_new_tokens",

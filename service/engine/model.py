@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from adapters.pretrained_model import LOADING_ERRORS, first_line, load_config, load_pretrained, load_tokenizer
 from service.core import ModelFacts
 from service.engine.attention import ATTENTION, AttentionCall, UnsupportedAttention, attention_step
 from service.engine.kv_cache import LayerShape
@@ -20,6 +21,8 @@ _DYNAMIC_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies depend on the longest row of the batch: one request would change another's answer."""
 _TRIAL_ROWS = 16
 """Of the forward pass that layers and modules are learned from: so many that the tokens of no expert are all of them."""
+_MAX_TOLD = 5
+"""Names of weights in a message."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +77,25 @@ def load_model(
     """
     shown = display_name or name
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = load_config(name, revision)
         reasons = _config_reasons(config)
         if reasons:
             raise ModelRefused(shown, reasons)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        tokenizer = load_tokenizer(name, revision)
+        loaded = load_pretrained(
+            AutoModelForCausalLM,
             name,
             revision=revision,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=ATTENTION,
-            use_safetensors=True,
-            trust_remote_code=False,
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise ModelRefused(shown, [f"it could not be loaded: {_first_line(error)}"]) from error
-    model.to(device)
-    return prepare_model(model, tokenizer, name=shown, max_context_tokens=max_context_tokens)
+    except LOADING_ERRORS as error:
+        raise ModelRefused(shown, [f"it could not be loaded: {first_line(error)}"]) from error
+    if loaded.random:
+        names = ", ".join(loaded.random[:_MAX_TOLD]) + (", ..." if len(loaded.random) > _MAX_TOLD else "")
+        raise ModelRefused(shown, [f"its files lack these weights, or have them in another shape: {names}"])
+    loaded.model.to(device)
+    return prepare_model(loaded.model, tokenizer, name=shown, max_context_tokens=max_context_tokens)
 
 
 def prepare_model(
@@ -224,13 +229,9 @@ def _discover(model: PreTrainedModel, name: str, *, rows: int) -> _Discovery:
         with torch.inference_mode(), attention_step(discovery), discovery.watching(model):
             model(input_ids=ids[None], position_ids=every[None], use_cache=False, logits_to_keep=every)
     except (UnsupportedAttention, TypeError, ValueError, RuntimeError, LookupError) as error:
-        raise ModelRefused(name, [f"{type(model).__name__} can't run packed rows: {_first_line(error)}"]) from error
+        raise ModelRefused(name, [f"{type(model).__name__} can't run packed rows: {first_line(error)}"]) from error
     if not discovery.layers:
         raise ModelRefused(
             name, [f"{type(model).__name__} does not call its attention through transformers' AttentionInterface"]
         )
     return discovery
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,6 +1,8 @@
 """Prompts between text and token ids, in the model's own tokenizer and chat template."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -9,14 +11,19 @@ from service.errors import InvalidRequest
 
 
 class Prompts:
-    """What one tokenizer makes of prompts. Fast tokenizers are not re-entrant: one caller at a time."""
+    """What one tokenizer makes of prompts, in any thread."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        # A fast tokenizer must not be changed while it reads. Its first text takes off the truncation and padding that its file
+        # may name; from then on all texts are read with the same settings, and nothing is changed.
+        tokenizer.encode("")
+        self._turn: AbstractContextManager[object] = nullcontext() if tokenizer.is_fast else Lock()
 
     def encode(self, text: str, *, with_special: bool = True) -> tuple[int, ...]:
         """Token ids, with or without what the tokenizer puts around a text."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=with_special))
+        with self._turn:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=with_special))
 
     def chat_text(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, continue_final_message: bool

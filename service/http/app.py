@@ -14,17 +14,17 @@ from starlette.requests import ClientDisconnect
 from adapters.errors import AdapterError
 from adapters.store.store import AdapterStore
 from service.core import EngineProtocol
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.http.adapters.calibration import Calibrations
 from service.http.adapters.registry import AdapterRegistry
 from service.http.adapters.served_adapter import ServedAdapter
 from service.http.asgi.auth import Authentication
 from service.http.asgi.middleware import REQUEST_ID_HEADER, BodyLimit, CutOff, HeadAsGet, RequestIds
-from service.http.asgi.refusals import NOBODY_TO_ANSWER, refuse, refuse_error
+from service.http.asgi.refusals import refuse, refuse_error
 from service.http.asgi.request_log import RequestLog
 from service.http.asgi.request_spans import RequestSpans
 from service.http.asgi.validation_text import describe, first_field, known_fields
-from service.http.error_table import ErrorKind
+from service.http.error_table import BUG, CLIENT_GONE, ERROR_TABLE, kind_of_status
 from service.http.metrics import Metrics
 from service.http.routes import adapters, generate, openai, ops, pages, quality, vllm
 from service.http.services import Services
@@ -135,14 +135,14 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     findings = error.errors()
     known = known_fields(request.url.path)
-    return refuse(request.scope, ErrorKind(422, "validation"), describe(findings, known), param=first_field(findings))
+    return refuse(request.scope, ERROR_TABLE[InvalidRequest], describe(findings, known), param=first_field(findings))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 400:
         # FastAPI's word for a body that Python's JSON reader gives up on: not UTF-8, or nested too deep.
-        return refuse(request.scope, ErrorKind(422, "validation"), "body: not JSON: not UTF-8, or nested too deep")
+        return refuse(request.scope, ERROR_TABLE[InvalidRequest], "body: not JSON: not UTF-8, or nested too deep")
     headers, message = dict(error.headers or {}), str(error.detail)
     where = f"{request.method[:20]} {request.url.path[:200]!r}"
     if error.status_code == 404:
@@ -150,9 +150,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed(request))
         message = f"{where}: this route has no such method; legal: {headers['Allow']}"
-    types = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
-    kind = ErrorKind(error.status_code, types.get(error.status_code, "validation"))
-    return refuse(request.scope, kind, message, headers)
+    return refuse(request.scope, kind_of_status(error.status_code), message, headers)
 
 
 def _allowed(request: Request) -> list[str]:
@@ -165,7 +163,7 @@ def _allowed(request: Request) -> list[str]:
 
 
 async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
-    return refuse(request.scope, ErrorKind(NOBODY_TO_ANSWER, "client"), "client disconnected")
+    return refuse(request.scope, CLIENT_GONE, "client disconnected")
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
@@ -173,4 +171,4 @@ async def _on_bug(request: Request, error: Exception) -> JSONResponse:
     logger.error(entry("bug", request_id=request_id, path=request.url.path, error=type(error).__name__))
     message = f"internal error; the server's log has it under {request_id}"
     # Outside the middleware that adds the id to every other answer.
-    return refuse(request.scope, ErrorKind(500, "internal"), message, {REQUEST_ID_HEADER: request_id})
+    return refuse(request.scope, BUG, message, {REQUEST_ID_HEADER: request_id})

@@ -1,4 +1,5 @@
-"""The one place where errors become HTTP: each class of both trees has a status and a type in TGI's words.
+"""The one place where errors become HTTP: each class of both trees has a status and a type in TGI's words, and so has what is
+refused before any of our errors can be raised.
 
 It stands below the routes, because a stream that fails midway reports the same type inside its last event.
 """
@@ -24,6 +25,11 @@ class ErrorKind:
     type: str
     retry_after_s: int | None = None
     code: str | None = None
+
+    @property
+    def openai_code(self) -> str:
+        """`code` of the body under /v1."""
+        return self.code or self.type
 
 
 ERROR_TABLE: dict[type[Exception], ErrorKind] = {
@@ -60,13 +66,43 @@ ERROR_TABLE: dict[type[Exception], ErrorKind] = {
     adapter_errors.TrainingError: ErrorKind(500, "training"),
 }
 
+NOT_HTTP = ErrorKind(400, "validation")
+NO_ROUTE = ErrorKind(404, "not_found")
+NO_METHOD = ErrorKind(405, "method_not_allowed")
+TOO_SLOW = ErrorKind(408, "timeout")
+TOO_LARGE = ErrorKind(413, "too_large")
+COMPRESSED = ErrorKind(415, "unsupported_media_type")
+HEADERS_TOO_LARGE = ErrorKind(431, "headers_too_large")
+CLIENT_GONE = ErrorKind(499, "client")
+"""nginx's status for a client that closed the connection; it is seen in logs only."""
+BUG = ErrorKind(500, "internal")
+CUT_OFF = ErrorKind(503, "unavailable", retry_after_s=1)
+TOO_MANY_CONNECTIONS = ErrorKind(503, "overloaded", retry_after_s=1)  # each ends with its request, and there are hundreds
+
+KINDS = (
+    *ERROR_TABLE.values(),
+    *(NOT_HTTP, NO_ROUTE, NO_METHOD, TOO_SLOW, TOO_LARGE, COMPRESSED, HEADERS_TOO_LARGE, BUG, CUT_OFF, TOO_MANY_CONNECTIONS),
+)
+"""All that a client can meet; nobody is there to read the one that is missing."""
+
 
 def kind_of(error: Exception) -> ErrorKind:
     """The entry of the error's nearest listed ancestor; an error of neither tree is a bug of ours, and a 500."""
     for cls in type(error).__mro__:
         if issubclass(cls, Exception) and cls in ERROR_TABLE:
             return ERROR_TABLE[cls]
-    return ErrorKind(500, "internal")
+    return BUG
+
+
+def kind_of_status(status: int) -> ErrorKind:
+    """That of an error of the framework's, which has a status alone."""
+    known = {kind.status: kind for kind in (NO_ROUTE, NO_METHOD, TOO_SLOW, TOO_LARGE)}
+    return known.get(status, ErrorKind(status, "validation"))
+
+
+def retry_after(kind: ErrorKind) -> dict[str, str]:
+    """The header that says when to try again, where the kind advises it."""
+    return {} if kind.retry_after_s is None else {"Retry-After": str(kind.retry_after_s)}
 
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -81,7 +117,7 @@ def openai_body(message: str, kind: ErrorKind, param: str | None = None) -> dict
     """OpenAI's error body, for every route under /v1. Its clients pick their exception class by the status alone."""
     by_status = "server_error" if kind.status >= 500 else "invalid_request_error"
     type_ = _OPENAI_TYPES.get(kind.status, by_status)
-    return {"error": {"message": message, "type": type_, "param": param, "code": kind.code or kind.type}}
+    return {"error": {"message": message, "type": type_, "param": param, "code": kind.openai_code}}
 
 
 def error_body(error: Exception) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from service.core import FinishReason, Mode
+from service.http.error_table import KINDS
 from service.http.not_served import NotServed
 from service.rank.rank_policy import RankReason, RankWish
 from service.slo import Slo
@@ -52,6 +53,11 @@ def checked_temperature(value: float | None) -> float | None:
     if value is not None and 0 < value < MIN_TEMPERATURE:
         raise ValueError(f"must be 0 (greedy) or at least {MIN_TEMPERATURE}")
     return value
+
+
+def given_or(value: float | None, neutral: float) -> float:
+    """`value`, or what asks for nothing where it is null."""
+    return neutral if value is None else value
 
 
 def is_none(value: object) -> bool:
@@ -406,4 +412,4 @@ class ErrorResponse(BaseModel):
     """TGI's error body."""
 
     error: str
-    error_type: str
+    error_type: str = Field(description=f"One of {', '.join(sorted({kind.type for kind in KINDS}))}.")

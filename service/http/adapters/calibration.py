@@ -6,7 +6,7 @@ One text runs at a time, and only while no request of a client waits: what it co
 import asyncio
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -202,7 +202,7 @@ class Calibrations:
                 events.submit()
                 break
             await asyncio.sleep(_PAUSE_S)
-        async with events:
+        with closing(events):
             async for event in events:
                 if isinstance(event, Failed):
                     raise event.error

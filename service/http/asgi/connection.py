@@ -12,14 +12,16 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.http.asgi.auth import PROBE_PATHS
 from service.http.asgi.refusals import refuse
-from service.http.error_table import ErrorKind
+from service.http.error_table import (
+    HEADERS_TOO_LARGE,
+    NOT_HTTP,
+    TOO_MANY_CONNECTIONS,
+    TOO_SLOW,
+    ErrorKind,
+    retry_after,
+)
 from service.http.services import Services
 from service.settings import Settings
-
-_TOO_MANY_HEADERS = ErrorKind(431, "headers_too_large")
-_HEADERS_TOO_SLOW = ErrorKind(408, "timeout")
-_TOO_MANY_CONNECTIONS = ErrorKind(503, "overloaded")
-_RETRY_AFTER_S = 1  # a connection ends with its request, and there are hundreds
 
 
 class _HeadersTooLarge(Exception):
@@ -79,7 +81,7 @@ class BoundedConnection(HttpToolsProtocol):
             # All of it belongs to headers that are not complete: the parser keeps them until they are.
             self._head_bytes += len(data)
             if self._head_bytes > self._settings.max_header_bytes:
-                self._refuse(_TOO_MANY_HEADERS, self._head_limits())
+                self._refuse(HEADERS_TOO_LARGE, self._head_limits())
                 return
         if self._read_timer is None and (self.cycle is None or self.cycle.response_complete):
             if self._is_head_awaited and self.timeout_keep_alive_task is None:
@@ -122,7 +124,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._parsed_bytes += more_bytes
         settings = self._settings
         if self._parsed_bytes > settings.max_header_bytes or len(self.headers) > settings.max_headers:
-            self._refusal = (_TOO_MANY_HEADERS, self._head_limits())
+            self._refusal = (HEADERS_TOO_LARGE, self._head_limits())
             raise _HeadersTooLarge  # ends in send_400_response
 
     def _head_limits(self) -> str:
@@ -137,7 +139,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls when the parser stops, whoever stopped it."""
-        kind, message = self._refusal or (ErrorKind(400, "validation"), "not a legal HTTP request")
+        kind, message = self._refusal or (NOT_HTTP, "not a legal HTTP request")
         self._refuse(kind, message)
 
     def pause_writing(self) -> None:
@@ -158,7 +160,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _headers_too_slow(self) -> None:
         if self._has_begun:
-            self._refuse(_HEADERS_TOO_SLOW, f"the headers did not arrive within {self._settings.header_timeout_s:g} s")
+            self._refuse(TOO_SLOW, f"the headers did not arrive within {self._settings.header_timeout_s:g} s")
         else:
             self.transport.close()
 
@@ -203,7 +205,7 @@ def _too_many_connections(app: ASGIApp, application: object) -> ASGIApp:
             await app(scope, receive, send)
             return
         scope["app"] = application  # as the application itself would, whom this does not reach
-        headers = {"Retry-After": str(_RETRY_AFTER_S), "Connection": "close"}
-        await refuse(scope, _TOO_MANY_CONNECTIONS, "too many connections; try again in a moment", headers)(scope, receive, send)
+        headers = {"Connection": "close"} | retry_after(TOO_MANY_CONNECTIONS)
+        await refuse(scope, TOO_MANY_CONNECTIONS, "too many connections; try again in a moment", headers)(scope, receive, send)
 
     return answer

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.asgi.refusals import refuse
-from service.http.error_table import ErrorKind
+from service.http.error_table import COMPRESSED, CUT_OFF, TOO_LARGE, TOO_SLOW, retry_after
 from service.http.limits import body_time_s
 from service.settings import Settings
 
@@ -65,9 +65,7 @@ class CutOff:
                 raise
             if not has_begun:
                 message = "the server is shutting down, and the request was not complete in time"
-                await refuse(scope, ErrorKind(503, "unavailable"), message, {**_CLOSE, "Retry-After": "1"})(
-                    scope, receive, send
-                )
+                await refuse(scope, CUT_OFF, message, _CLOSE | retry_after(CUT_OFF))(scope, receive, send)
 
 
 class HeadAsGet:
@@ -99,7 +97,7 @@ class BodyLimit:
         encoding = Headers(scope=scope).get("content-encoding", "identity")
         if encoding.lower() != "identity":
             message = f"content-encoding: {encoding[:80]!r} is not read; send the body as it is"
-            answer = refuse(scope, ErrorKind(415, "unsupported_media_type"), message, {**_CLOSE, "Accept-Encoding": "identity"})
+            answer = refuse(scope, COMPRESSED, message, {**_CLOSE, "Accept-Encoding": "identity"})
             await answer(scope, receive, send)
             return
         is_upload = scope["method"] == "PUT" and scope["path"].startswith("/adapters/")
@@ -109,7 +107,7 @@ class BodyLimit:
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and (len(length) > 18 or int(length) > limit_bytes):
             # The unread body makes the connection useless: say so.
-            answer = refuse(scope, ErrorKind(413, "too_large"), message, _CLOSE)
+            answer = refuse(scope, TOO_LARGE, message, _CLOSE)
             await answer(scope, receive, send)
             return
         body = _BoundedBody(receive, limit_bytes, message, self._settings)
@@ -136,11 +134,11 @@ class _BoundedBody:
                 event = await self._receive()
         except TimeoutError:
             message = f"the body did not arrive in time: {self._received_bytes} bytes in {self._time_s():.1f} s"
-            raise HTTPException(408, message, _CLOSE) from None
+            raise HTTPException(TOO_SLOW.status, message, _CLOSE) from None
         self._received_bytes += len(event.get("body", b""))
         self._is_complete = not event.get("more_body", False)
         if self._received_bytes > self._limit_bytes:
-            raise HTTPException(413, self._message, _CLOSE)
+            raise HTTPException(TOO_LARGE.status, self._message, _CLOSE)
         return event
 
     def _time_s(self) -> float:

@@ -16,12 +16,10 @@ from service.errors import (
     UnknownAdapter,
     WrongScope,
 )
-from service.http.error_table import ErrorKind, kind_of, openai_body, openai_status
+from service.http.error_table import CLIENT_GONE, ErrorKind, kind_of, openai_body, openai_status, retry_after
 from service.http.services import Services
 
 GENERATING_PATHS = ("/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions")
-NOBODY_TO_ANSWER = 499
-"""nginx's status for a client that closed the connection; it is seen in logs only."""
 
 
 def refuse(
@@ -40,7 +38,7 @@ def refuse(
     """
     services: Services = scope["app"].state.services
     scope.setdefault("state", {})["error_type"] = kind.type  # for the log
-    if kind.status != NOBODY_TO_ANSWER:
+    if kind != CLIENT_GONE:
         services.metrics.error_answered(kind.type)
     is_generating = scope["method"] == "POST" and scope["path"] in GENERATING_PATHS
     if is_generating and not scope.get("state", {}).get("is_submitted"):  # else its terminal event is counted
@@ -92,5 +90,4 @@ def _headers(scope: Scope, error: Exception) -> dict[str, str]:
             services: Services = scope["app"].state.services
             stats = services.engine.stats()
             return {"Retry-After": str(services.drain_rate.retry_after_s(stats.running, stats.waiting))}
-    seconds = kind_of(error).retry_after_s
-    return {} if seconds is None else {"Retry-After": str(seconds)}
+    return retry_after(kind_of(error))

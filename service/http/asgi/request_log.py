@@ -9,7 +9,7 @@ from asyncio import get_running_loop
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.asgi.auth import PROBE_PATHS
-from service.http.asgi.refusals import NOBODY_TO_ANSWER
+from service.http.error_table import BUG, CLIENT_GONE
 from service.http.tracing import current_trace
 from service.log import entry, logger
 
@@ -30,7 +30,7 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         state = scope["state"]
-        state["status"] = NOBODY_TO_ANSWER
+        state["status"] = CLIENT_GONE.status
 
         async def send_noting_status(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -40,7 +40,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_noting_status)
         except Exception:
-            state["status"] = 500
+            state["status"] = BUG.status
             raise
         finally:
             if not state.get("is_submitted"):

@@ -2,9 +2,9 @@
 
 import asyncio
 import hashlib
+import secrets
 from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
 
 from service.core import Event
 from service.errors import ServiceError
@@ -12,6 +12,11 @@ from service.http.generation.stream import TERMINAL, EventStream, submit_all
 
 _SEED_BITS = 53
 """What every JSON reader keeps exactly."""
+
+
+def drawn_seed() -> int:
+    """A seed where the client leaves it to us."""
+    return secrets.randbits(_SEED_BITS)
 
 
 def sequence_seed(seed: int, index: int) -> int:
@@ -27,7 +32,7 @@ def sequence_seed(seed: int, index: int) -> int:
 
 
 class FanOut:
-    """The event streams of one request's sequences. First `submit`, then read inside a block, which ends them all.
+    """The event streams of one request's sequences. First `submit`, then read, and `close` in any case.
 
     Args:
         arrived: what all the streams were given, so that they can be read together.
@@ -37,14 +42,6 @@ class FanOut:
         self.streams = tuple(streams)
         self._arrived = arrived
         self._open = deque(range(len(self.streams)))
-
-    async def __aenter__(self) -> "FanOut":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def submit(self) -> None:
         """Hand all sequences to the engine, or none."""

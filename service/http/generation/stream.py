@@ -5,7 +5,6 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import TracebackType
 
 from service.core import Aborted, EngineProtocol, Event, Failed, Finished, GenerationRequest
 from service.errors import ServiceError, SlowReader
@@ -14,10 +13,10 @@ TERMINAL = (Finished, Aborted, Failed)
 
 
 class EventStream:
-    """The events of one request, in order, ending with its terminal event. First `submit`, then read inside a block.
+    """The events of one request, in order, ending with its terminal event. First `submit`, then read, and `close` in any case.
 
-    Whoever leaves the block before that (an exception, a cancelled task, a client that went away) aborts the request,
-    so that its place in the batch is free before the next step.
+    Where reading ends before that event (an exception, a cancelled task, a client that went away), `close` aborts the
+    request, so that its place in the batch is free before the next step.
 
     A reader never delays the engine: events wait in a plain deque, and the loop is woken once however many have come
     meanwhile, of all streams. One that falls too far behind is cut off.
@@ -51,14 +50,6 @@ class EventStream:
         self._bell = _bell_of(self._loop)
         self._is_wake_due = False
         self._has_ended = False
-
-    async def __aenter__(self) -> "EventStream":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def submit(self) -> None:
         """Hand the request to the engine. Raises what EngineProtocol.submit raises; then no event will come."""

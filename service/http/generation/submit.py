@@ -3,13 +3,13 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 
-from service.core import EngineProtocol, Event, EventSink, Finished, GenerationRequest, SamplingParams, TokenEvent
+from service.core import EngineProtocol, Event, GenerationRequest, SamplingParams
 from service.errors import InvalidRequest, UnknownAdapter
 from service.http.adapters.served_adapter import ServedAdapter
 from service.http.generation.arrival import Arrival, Deadline
@@ -20,7 +20,6 @@ from service.http.generation.selection import select
 from service.http.generation.stream import EventStream
 from service.http.generation.token_limits import TokenLimits
 from service.http.generation.tracking import RequestTracker, TrackedRequest
-from service.http.latencies import Latencies
 from service.http.services import Services
 from service.http.shadow import Followed
 from service.rank.prospect import Ask
@@ -30,7 +29,9 @@ from service.slo import NO_SLO, Slo
 _SUBMIT_TRIES = 3
 """How often a name is looked up again when its version was unloaded between look-up and submit."""
 
-_tokenizer_thread = CapacityLimiter(1)
+_SHORT_CHARACTERS = 8192
+"""Of texts that are tokenised in a few milliseconds."""
+_short_texts, _long_texts = CapacityLimiter(1), CapacityLimiter(1)
 
 Made = TypeVar("Made")
 Prompts = tuple[tuple[int, ...], ...]
@@ -44,7 +45,8 @@ class Task:
     Attributes:
         adapter, rank, policy: as the body names them; `select` joins them with the headers.
         encode: token ids of each prompt. Called in a thread. Raises InvalidRequest.
-        sampling: what the engine is to be told of a prompt of so many tokens. Raises InvalidRequest.
+        sampling: what the engine is to be told of a prompt, by its token ids. Raises InvalidRequest.
+        characters: of all prompts.
         prompts, copies: how many prompts there are, and how many sequences to make of each.
         slo: its latency objectives, perhaps none.
         adapter_field, copies_field: what the schema calls them, for errors; how_to_sample: what it takes to draw tokens.
@@ -54,7 +56,8 @@ class Task:
     rank: RankWish
     policy: str | None
     encode: Callable[[EngineProtocol, TokenLimits], Prompts]
-    sampling: Callable[[int, TokenLimits], SamplingParams]
+    sampling: Callable[[Sequence[int], TokenLimits], SamplingParams]
+    characters: int
     prompts: int = 1
     copies: int = 1
     slo: Slo = NO_SLO
@@ -104,7 +107,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     arrival.admission.count(task.prompts * task.copies, task.copies_field if task.prompts == 1 else "prompt")
     limits = TokenLimits.of(settings, services.engine.model)
     prompts = await _tokenized(task, services.engine, limits, deadline)
-    asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(len(prompt), limits), task)]
+    asked = [(prompt, each) for prompt in prompts for each in _copies(task.sampling(prompt, limits), task)]
     arrived_at = monotonic_of(arrival.arrived_at, asyncio.get_running_loop().time())
     deadline.check()
     for attempt in range(1, _SUBMIT_TRIES + 1):
@@ -128,31 +131,18 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
 
 async def _tokenized(task: Task, engine: EngineProtocol, limits: TokenLimits, deadline: Deadline) -> Prompts:
     with CancelScope(deadline=deadline.at):  # ends the wait for the others' texts; the own one, once begun, is read to its end
-        return await tokenizing(lambda each: task.encode(each, limits), engine)
+        return await tokenizing(lambda each: task.encode(each, limits), engine, task.characters)
     raise deadline.error()
 
 
-async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol) -> Made:
-    """What needs the engine's tokenizer, off the event loop, because a long text takes long; one at a time, because fast
-    tokenizers are not re-entrant.
+async def tokenizing(work: Callable[[EngineProtocol], Made], engine: EngineProtocol, characters: int) -> Made:
+    """What needs the engine's tokenizer, off the event loop, because a long text takes long.
+
+    A text waits for those of its kind, short or long, one at a time: no long one delays the first token of a short one, and no
+    more than two threads take time from the engine's.
     """
-    return await to_thread.run_sync(work, engine, limiter=_tokenizer_thread)
-
-
-def _remembering(on_event: EventSink, latencies: Latencies, request: TrackedRequest) -> EventSink:
-    """Also remember how long a request of an adapter took, if it had one rank."""
-    adapter, changed = request.adapter, False
-    if adapter is None:
-        return on_event
-
-    def hear(event: Event) -> None:
-        nonlocal changed
-        on_event(event)
-        changed |= isinstance(event, TokenEvent) and event.rank != request.rank
-        if isinstance(event, Finished) and not changed:
-            latencies.add(adapter, request.rank, event.usage)
-
-    return hear
+    limiter = _short_texts if characters <= _SHORT_CHARACTERS else _long_texts
+    return await to_thread.run_sync(work, engine, limiter=limiter)
 
 
 def _asks(asked: Sequence[tuple[tuple[int, ...], SamplingParams]], copies: int) -> list[Ask]:
@@ -187,15 +177,14 @@ def _fan_out(
     streams = []
     for prompt_ids, sampling in asked:
         tracked = TrackedRequest(arrival.request_id, adapter, chosen.rank, len(prompt_ids), arrival.caller.name, reason)
-        tracker = RequestTracker(services.metrics, tracked, services.drain_rate, measurement.arrived_at)
         request = GenerationRequest(secrets.token_hex(8), prompt_ids, sampling, choice, group, arrival.caller.name or None)
         change = _changing(services.engine, request.request_id, chosen.adapter) if is_alone else None
-        measured = measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling), change)
-        followed = services.shadow.follow(adapter, prompt_ids, choice, full)
-        # Measured first: whoever hears of the end may ask for the verdict at once.
-        on_event = _all(measured.on_event, _remembering(tracker.on_event, services.latencies, tracked), followed.on_event)
-        submitting = _submitting(measured, followed)
-        streams.append(EventStream(services.engine, request, on_event, max_unread, arrived, submitting))
+        observers = _Observers(
+            measurement.sequence(chosen.version, ask_of(len(prompt_ids), sampling), change),
+            RequestTracker(services.metrics, services.drain_rate, services.latencies, tracked, measurement.arrived_at),
+            services.shadow.follow(adapter, prompt_ids, choice, full),
+        )
+        streams.append(EventStream(services.engine, request, observers.on_event, max_unread, arrived, observers.in_flight))
     return FanOut(streams, arrived)
 
 
@@ -205,18 +194,20 @@ def _changing(engine: EngineProtocol, request_id: str, adapter: ServedAdapter | 
     return lambda rank: engine.change_rank(request_id, adapter.choice(rank))
 
 
-def _all(*sinks: EventSink) -> EventSink:
-    def hear(event: Event) -> None:
-        for sink in sinks:
-            sink(event)
+@dataclass(frozen=True)
+class _Observers:
+    """All that follows one sequence."""
 
-    return hear
+    measured: SequenceMeasurement
+    tracker: RequestTracker
+    followed: Followed
 
-
-def _submitting(measured: SequenceMeasurement, followed: Followed) -> Callable[[], AbstractContextManager[None]]:
     @contextmanager
-    def submitting() -> Iterator[None]:
-        with measured.in_flight(), followed.in_flight():
+    def in_flight(self) -> Iterator[None]:
+        with self.measured.in_flight(), self.followed.in_flight():
             yield
 
-    return submitting
+    def on_event(self, event: Event) -> None:
+        self.measured.on_event(event)  # first: whoever hears of the end may ask for the verdict at once
+        self.tracker.on_event(event)
+        self.followed.on_event(event)

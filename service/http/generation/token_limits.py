@@ -1,5 +1,6 @@
 """How many tokens a request may have: what it asks for, against what the model and the server allow."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.core import ModelFacts
@@ -27,30 +28,42 @@ class TokenLimits:
 
     Attributes:
         context: prompt and answer together.
+        vocab_size: ids of tokens are below it; a tokenizer may know more of them than its model.
+        longest_token: see `ModelFacts`.
         longest_prompt, most_new: None for no limit of their own.
     """
 
     context: int
+    vocab_size: int
+    longest_token: int | None = None
     longest_prompt: int | None = None
     most_new: int | None = None
 
     @classmethod
     def of(cls, settings: Settings, model: ModelFacts) -> "TokenLimits":
         """Those of a server."""
-        return cls(model.max_context_tokens, settings.max_prompt_tokens, settings.max_new_tokens_limit)
+        return cls(
+            model.max_context_tokens,
+            model.vocab_size,
+            model.longest_token,
+            settings.max_prompt_tokens,
+            settings.max_new_tokens_limit,
+        )
 
-    def new_tokens(self, prompt_tokens: int, asked: int | None, default: int | None, least: int, fields: TokenFields) -> int:
+    def new_tokens(self, prompt: Sequence[int], asked: int | None, default: int | None, least: int, fields: TokenFields) -> int:
         """How many tokens to generate at most, at least 1.
 
         Args:
+            prompt: its token ids.
             asked: what the request says; None where it says nothing.
             default: what it then gets, no more than the server allows and the context leaves; None for all of that.
             least: how many it wants at least.
 
         Raises:
-            InvalidRequest: the prompt is empty, or too much is asked for.
+            InvalidRequest: the prompt is empty or has a token that the model has not, or too much is asked for.
             PromptTooLong: the prompt is.
         """
+        prompt_tokens = len(prompt)
         if not prompt_tokens:
             raise InvalidRequest(fields.prompt, "holds no token for this model; give some text")
         self._check_longest(prompt_tokens, fields)
@@ -72,20 +85,21 @@ class TokenLimits:
         if least > new_tokens:
             message = f"{least} is above {fields.new_tokens} {new_tokens}; legal: 0 to {new_tokens}"
             raise InvalidRequest(fields.least_new_tokens, message)
+        if max(prompt) >= self.vocab_size:
+            unknown = next(token for token in prompt if token >= self.vocab_size)
+            message = f"the model has no token {unknown}, which the prompt contains; legal: 0 to {self.vocab_size - 1}"
+            raise InvalidRequest(fields.prompt, message)
         return new_tokens
 
-    def check_text(self, text: str, longest_token: int | None, fields: TokenFields) -> None:
-        """Refuse what is certainly too long before it is tokenised, which takes a second for a megabyte, one text at a time.
-
-        Args:
-            longest_token: see `ModelFacts`; None refuses nothing.
+    def check_text(self, text: str, fields: TokenFields) -> None:
+        """Refuse what is certainly too long before it is tokenised, which takes a second for a megabyte.
 
         Raises:
             PromptTooLong: the prompt has too many tokens even if each of them is the vocabulary's longest.
         """
-        if longest_token is None:
+        if self.longest_token is None:
             return
-        least = -(-len(text) // longest_token)
+        least = -(-len(text) // self.longest_token)
         self._check_longest(least, fields, "at least ")
         if least >= self.context:
             hint = f", or set {fields.truncate} to at most {self.context - 1}" if fields.truncate else ""

@@ -1,10 +1,11 @@
-"""What is counted and logged of each request, at its terminal event: exactly once, read or not."""
+"""What is counted, remembered and logged of each request, at its terminal event: exactly once, read or not."""
 
 import time
 from dataclasses import dataclass
 
 from service.core import Aborted, Event, Failed, Finished, TokenEvent
 from service.errors import DeadlinePassed, SlowReader
+from service.http.latencies import Latencies
 from service.http.limits import DrainRate
 from service.http.metrics import BASE_LABEL, Metrics
 from service.http.tracing import Phase, RequestTrace, current_trace
@@ -36,9 +37,12 @@ class RequestTracker:
         arrived_at: moment of `time.monotonic`, from which the metrics count.
     """
 
-    def __init__(self, metrics: Metrics, request: TrackedRequest, drain_rate: DrainRate, arrived_at: float) -> None:
+    def __init__(
+        self, metrics: Metrics, drain_rate: DrainRate, latencies: Latencies, request: TrackedRequest, arrived_at: float
+    ) -> None:
         self._metrics = metrics
         self._drain_rate = drain_rate
+        self._latencies = latencies
         self._request = request
         self._trace = current_trace()
         self._arrived_at = arrived_at
@@ -48,6 +52,7 @@ class RequestTracker:
         self._tokens = 0
         self._mode: str | None = None
         self._rank = request.rank
+        self._has_one_rank = True
 
     def on_event(self, event: Event) -> None:
         """Count an event. Called from the engine's thread."""
@@ -61,6 +66,8 @@ class RequestTracker:
                 before_s = self._started_at - self._arrived_at
                 total_s, queue_s = before_s + usage.total_s, before_s + usage.queue_s
                 self._metrics.completed(self._request.adapter, self._rank, total_s=total_s, queue_s=queue_s)
+                if self._request.adapter is not None and self._has_one_rank:
+                    self._latencies.add(self._request.adapter, self._rank, usage)
                 self._end("ok", finished=event)
             case Aborted():
                 self._end("aborted")
@@ -77,6 +84,7 @@ class RequestTracker:
         if rank != self._rank:
             self._metrics.rank_changed(self._rank, rank)
             self._rank = rank
+            self._has_one_rank = False
         if self._last_token_at is None:
             self._first_token_at = now
             self._metrics.first_token(adapter, rank, now - self._arrived_at)

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from adapters.config import AdapterKind
 from service.http.adapters.schemas import QualityOut
+from service.http.error_table import KINDS
 from service.http.schemas import ServedBy, is_none
 
 StopReason = Literal["stop", "length"]
@@ -163,7 +164,7 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None = Field(description="The field that is to blame.")
-    code: str
+    code: str = Field(description=f"One of {', '.join(sorted({kind.openai_code for kind in KINDS}))}.")
 
 
 class OpenAIError(BaseModel):

@@ -66,7 +66,7 @@ async def prompt_texts(submitted: Submitted, body: CompletionRequest, engine: En
             for prompt, ids in zip(body.prompt, submitted.prompts, strict=True)
         ]
 
-    return await tokenizing(texts, engine)
+    return await tokenizing(texts, engine, sum(map(len, submitted.prompts)))
 
 
 def total_usage(submitted: Submitted, ends: Sequence[Finished], *, tells_tokens: bool = True) -> EngineUsage:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from pydantic import BaseModel
 
@@ -16,7 +17,7 @@ from service.http.openai.answer_schemas import ChatChunk, ChatChunkChoice, Compl
 from service.http.openai.answers import prompt_texts, stop_reason, told_usage, total_usage
 from service.http.openai.heading import Heading
 from service.http.openai.logprobs import chat_logprobs, completion_logprobs
-from service.http.openai.schemas import ChatRequest, CompletionRequest
+from service.http.openai.schemas import ChatRequest, CompletionRequest, OpenAIRequest
 
 First = tuple[int, Event]
 """What was read already: an event with the number of its sequence."""
@@ -44,70 +45,63 @@ async def stream_completion(
     texts = await prompt_texts(submitted, body, engine)
     offsets = [0] * len(submitted.samplings)
 
-    def chunk(piece: _Piece) -> CompletionChunk:
+    def choice(piece: _Piece) -> CompletionChoice:
         index, text = piece.index, piece.token.text
         logprobs = None
         if body.logprobs is not None:
             logprobs = completion_logprobs([piece.token], body.logprobs, offsets[index])
             offsets[index] += len(text)
         echoed = texts[index // body.drawn] if piece.is_first else ""
-        choice = CompletionChoice(
+        return CompletionChoice(
             index=index,
             text=echoed + text,
             logprobs=logprobs,
             finish_reason=stop_reason(piece.end) if piece.end else None,
         )
-        served = served_by(submitted, piece.end.mode, piece.end.usage) if piece.end else None
-        usage = _usage_so_far(submitted, piece) if body.counts_in_chunks else None
-        return CompletionChunk(**heading.fields, lora=served, choices=[choice], usage=usage)
 
-    def last(usage: Usage) -> CompletionChunk:
-        return CompletionChunk(**heading.fields, choices=[], usage=usage)
-
-    async for event in _events(submitted, first, chunk, last if body.includes_usage else None):
+    async for event in _events(submitted, body, partial(CompletionChunk, **heading.fields), choice, first):
         yield event
 
 
 async def stream_chat(submitted: Submitted, body: ChatRequest, heading: Heading, first: First) -> AsyncIterator[str]:
     """The events of /v1/chat/completions."""
 
-    def chunk(piece: _Piece) -> ChatChunk:
-        choice = ChatChunkChoice(
+    def choice(piece: _Piece) -> ChatChunkChoice:
+        return ChatChunkChoice(
             index=piece.index,
             delta=Delta(role="assistant" if piece.is_first else None, content=piece.token.text),
             logprobs=chat_logprobs([piece.token], body.top_logprobs or 0) if body.logprobs else None,
             finish_reason=stop_reason(piece.end) if piece.end else None,
         )
-        served = served_by(submitted, piece.end.mode, piece.end.usage) if piece.end else None
-        usage = _usage_so_far(submitted, piece) if body.counts_in_chunks else None
-        return ChatChunk(**heading.fields, lora=served, choices=[choice], usage=usage)
 
-    def last(usage: Usage) -> ChatChunk:
-        return ChatChunk(**heading.fields, choices=[], usage=usage)
-
-    async for event in _events(submitted, first, chunk, last if body.includes_usage else None):
+    async for event in _events(submitted, body, partial(ChatChunk, **heading.fields), choice, first):
         yield event
 
 
 async def _events(
     submitted: Submitted,
+    body: OpenAIRequest,
+    chunk: Callable[..., BaseModel],
+    choice: Callable[[_Piece], BaseModel],
     first: First,
-    chunk: Callable[[_Piece], BaseModel],
-    last: Callable[[Usage], BaseModel] | None,
 ) -> AsyncIterator[str]:
+    """The events of either route: a `chunk` with one `choice` for each piece, and what follows the last."""
     ends: list[Finished] = []
     try:
         async for piece in _pieces(submitted, first):
-            yield _sse(chunk(piece))
+            served = None
             if piece.end is not None:
                 ends.append(piece.end)
+                served = served_by(submitted, piece.end.mode, piece.end.usage)
+            usage = _usage_so_far(submitted, piece) if body.counts_in_chunks else None
+            yield _sse(chunk(lora=served, choices=[choice(piece)], usage=usage))
     except ServiceError as error:
         yield f"data: {json.dumps(openai_body(str(error), kind_of(error)))}\n\n"
         return
     except ClientGone:
         return
-    if last is not None:
-        yield _sse(last(told_usage(total_usage(submitted, ends))))
+    if body.includes_usage:
+        yield _sse(chunk(choices=[], usage=told_usage(total_usage(submitted, ends))))
     yield "data: [DONE]\n\n"
 
 

@@ -1,10 +1,11 @@
 """What the bodies of /v1 ask for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.core import EngineProtocol, SamplingParams
 from service.errors import InvalidRequest
 from service.http.adapters.registry import UNNAMED
+from service.http.generation.fan_out import drawn_seed
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
 from service.http.openai.schemas import (
@@ -14,9 +15,8 @@ from service.http.openai.schemas import (
     ChatRequest,
     CompletionRequest,
     OpenAIRequest,
-    Prompt,
 )
-from service.http.tgi.tasks import drawn_seed, given_or
+from service.http.schemas import given_or
 
 IsKnown = Callable[[str], bool]
 """Whether there is an adapter of a name, for the caller."""
@@ -38,12 +38,15 @@ def completion_task(body: CompletionRequest, base: str, is_known: IsKnown) -> Ta
     def encode(engine: EngineProtocol, limits: TokenLimits) -> tuple[tuple[int, ...], ...]:
         for prompt in body.prompt:
             if isinstance(prompt, str) and not body.truncate_prompt_tokens:
-                limits.check_text(prompt, engine.model.longest_token, _COMPLETION_FIELDS)
-        prompts = (_prompt_ids(engine, prompt, with_special=body.add_special_tokens) for prompt in body.prompt)
+                limits.check_text(prompt, _COMPLETION_FIELDS)
+        prompts = (
+            engine.encode(prompt, with_special=body.add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in body.prompt
+        )
         return tuple(_truncated(body, ids) for ids in prompts)
 
-    def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:
-        new_tokens = limits.new_tokens(prompt_tokens, asked, DEFAULT_MAX_TOKENS, body.min_tokens or 0, _COMPLETION_FIELDS)
+    def sampling(prompt: Sequence[int], limits: TokenLimits) -> SamplingParams:
+        new_tokens = limits.new_tokens(prompt, asked, DEFAULT_MAX_TOKENS, body.min_tokens or 0, _COMPLETION_FIELDS)
         tells_prompt = body.echo and body.logprobs is not None
         return _sampling(body, new_tokens, alternatives=body.logprobs or 0, prompt_logprobs=tells_prompt)
 
@@ -53,6 +56,7 @@ def completion_task(body: CompletionRequest, base: str, is_known: IsKnown) -> Ta
         policy=body.rank_policy,
         encode=encode,
         sampling=sampling,
+        characters=sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str)),
         prompts=len(body.prompt),
         copies=body.drawn,
         slo=body.slo,
@@ -77,11 +81,11 @@ def chat_task(body: ChatRequest, base: str, is_known: IsKnown) -> Task:
             continue_final_message=body.continue_final_message,
         )
         if not body.truncate_prompt_tokens:
-            limits.check_text(text, engine.model.longest_token, _CHAT_FIELDS)
+            limits.check_text(text, _CHAT_FIELDS)
         return (_truncated(body, engine.encode(text, with_special=False)),)
 
-    def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:
-        new_tokens = limits.new_tokens(prompt_tokens, body.most_tokens, None, body.min_tokens or 0, _CHAT_FIELDS)
+    def sampling(prompt: Sequence[int], limits: TokenLimits) -> SamplingParams:
+        new_tokens = limits.new_tokens(prompt, body.most_tokens, None, body.min_tokens or 0, _CHAT_FIELDS)
         return _sampling(body, new_tokens, alternatives=body.top_logprobs or 0)
 
     return Task(
@@ -90,6 +94,7 @@ def chat_task(body: ChatRequest, base: str, is_known: IsKnown) -> Task:
         policy=body.rank_policy,
         encode=encode,
         sampling=sampling,
+        characters=sum(len(part.text) for message in body.messages for part in message.content),
         copies=body.choices,
         slo=body.slo,
         adapter_field="model",
@@ -103,15 +108,6 @@ def _adapter(body: OpenAIRequest, base: str, is_known: IsKnown) -> str | None:
     if body.model in UNNAMED and not is_known(body.model):
         return None
     return "" if body.model == base else body.model
-
-
-def _prompt_ids(engine: EngineProtocol, prompt: Prompt, *, with_special: bool) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        return engine.encode(prompt, with_special=with_special)
-    unknown = next((token for token in prompt if token >= engine.model.vocab_size), None)
-    if unknown is not None:
-        raise InvalidRequest("prompt", f"no token has id {unknown}; legal: 0 to {engine.model.vocab_size - 1}")
-    return prompt
 
 
 def _truncated(body: OpenAIRequest, ids: tuple[int, ...]) -> tuple[int, ...]:

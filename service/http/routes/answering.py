@@ -1,6 +1,7 @@
 """A task as an HTTP answer, whole or streamed, for every generating route."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -8,7 +9,7 @@ from starlette import types
 
 from service.core import Event, TokenEvent
 from service.http.asgi.disconnect import closing_on_disconnect
-from service.http.asgi.refusals import NOBODY_TO_ANSWER
+from service.http.error_table import CLIENT_GONE
 from service.http.generation.fan_out import FanOut
 from service.http.generation.served import ClientGone, WholeAnswer, finished_or_raise, serving_headers, timing_headers
 from service.http.generation.submit import Submitted, Task, submit
@@ -24,10 +25,11 @@ async def answer_whole(request: Request, services: Services, task: Task, collect
     """Generate, and answer when all is complete."""
     submitted = await _submit(request, services, task, is_streamed=False)
     try:
-        async with submitted.sequences, closing_on_disconnect(request.receive, submitted.sequences):
-            answer = await collect(submitted)
+        with closing(submitted.sequences):
+            async with closing_on_disconnect(request.receive, submitted.sequences):
+                answer = await collect(submitted)
     except ClientGone:
-        return Response(status_code=NOBODY_TO_ANSWER)
+        return Response(status_code=CLIENT_GONE.status)
     headers = serving_headers(submitted, answer.mode) | timing_headers(answer.usage)
     return Response(answer.text, media_type="application/json", headers=headers)
 
@@ -44,7 +46,7 @@ async def answer_streamed(request: Request, services: Services, task: Task, stre
         mode = event.mode if isinstance(event, TokenEvent) else finished_or_raise(event).mode
     except ClientGone:
         sequences.close()
-        return Response(status_code=NOBODY_TO_ANSWER)
+        return Response(status_code=CLIENT_GONE.status)
     except BaseException:
         sequences.close()
         raise

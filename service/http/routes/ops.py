@@ -5,6 +5,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.errors import NotReady
+from service.http.error_table import ERROR_TABLE, retry_after
 from service.http.routes.common import TheServices, errors, needs, plain_text
 from service.http.schemas import MAX_BEST_OF, MAX_STOPS
 from service.keys import Scope
@@ -53,8 +55,8 @@ async def ready(services: TheServices) -> Response:
     services.check_alive()
     if services.is_ready:
         return JSONResponse({"status": "ready"})
-    why = "draining" if services.draining.is_set() else "loading"
-    return JSONResponse({"error": f"the server is {why}", "error_type": "unavailable"}, 503, {"Retry-After": "1"})
+    why, kind = "draining" if services.draining.is_set() else "loading", ERROR_TABLE[NotReady]
+    return JSONResponse({"error": f"the server is {why}", "error_type": kind.type}, kind.status, retry_after(kind))
 
 
 @router.get("/info", responses=errors(401, 429))

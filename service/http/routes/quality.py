@@ -150,7 +150,8 @@ async def calibrate(
     ranks = _ranks(body.ranks, served.facts.ranks)
     for rank in ranks:
         served.choice(rank)
-    texts = await tokenizing(partial(_measured_texts, body.examples), services.engine)
+    characters = sum(len(each.prompt) + len(each.completion) for each in body.examples)
+    texts = await tokenizing(partial(_measured_texts, body.examples), services.engine, characters)
     source = body.source or f"calibration on {len(texts)} texts, {datetime.now(UTC):%Y-%m-%d}"
     job = services.calibrations.start(name, ranks, texts, source, caller)
     response.headers["Location"] = f"/adapters/{name}/calibration/{job.id}"

@@ -1,15 +1,14 @@
 """What a body of /generate asks for."""
 
-import secrets
+from collections.abc import Sequence
 
 from service.core import EngineProtocol, SamplingParams
+from service.http.generation.fan_out import drawn_seed
 from service.http.generation.submit import Task
 from service.http.generation.token_limits import TokenFields, TokenLimits
-from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest
+from service.http.schemas import DEFAULT_MAX_NEW_TOKENS, GenerateParameters, GenerateRequest, given_or
 
 FIELDS = TokenFields("inputs", "max_new_tokens", "min_new_tokens", "truncate")
-SEED_BITS = 53
-"""Of a seed that is drawn: what every JSON reader keeps exactly."""
 
 
 def generate_task(body: GenerateRequest) -> Task:
@@ -19,12 +18,12 @@ def generate_task(body: GenerateRequest) -> Task:
     def encode(engine: EngineProtocol, limits: TokenLimits) -> tuple[tuple[int, ...], ...]:
         if parameters.truncate:
             return (engine.encode(body.inputs)[-parameters.truncate :],)
-        limits.check_text(body.inputs, engine.model.longest_token, FIELDS)
+        limits.check_text(body.inputs, FIELDS)
         return (engine.encode(body.inputs),)
 
-    def sampling(prompt_tokens: int, limits: TokenLimits) -> SamplingParams:
+    def sampling(prompt: Sequence[int], limits: TokenLimits) -> SamplingParams:
         least = parameters.min_new_tokens or 0
-        new_tokens = limits.new_tokens(prompt_tokens, parameters.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, least, FIELDS)
+        new_tokens = limits.new_tokens(prompt, parameters.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, least, FIELDS)
         return _sampling(parameters, new_tokens)
 
     return Task(
@@ -33,6 +32,7 @@ def generate_task(body: GenerateRequest) -> Task:
         policy=parameters.rank_policy,
         encode=encode,
         sampling=sampling,
+        characters=len(body.inputs),
         copies=parameters.best_of or 1,
         slo=parameters.slo,
     )
@@ -63,13 +63,3 @@ def _sampling(parameters: GenerateParameters, new_tokens: int) -> SamplingParams
         alternatives=max(parameters.top_n_tokens or 0, parameters.return_k_alternatives or 0),
         prompt_logprobs=parameters.decoder_input_details,
     )
-
-
-def given_or(value: float | None, neutral: float) -> float:
-    """`value`, or what asks for nothing where it is null."""
-    return neutral if value is None else value
-
-
-def drawn_seed() -> int:
-    """A seed where the client leaves it to us."""
-    return secrets.randbits(SEED_BITS)

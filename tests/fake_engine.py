@@ -1,7 +1,7 @@
 """An engine without a model: it speaks EngineProtocol, and its words follow from prompt, adapter and rank alone.
 
-The HTTP layer is tested, and can be looked at, with it: no weights, no torch, an answer in microseconds. A test steers
-it with `paused`, `hold_loads`, `fail_next` and `refuse_adapters`, and waits on `wait_until` instead of sleeping.
+The HTTP layer is tested with it: no weights, no torch, an answer in microseconds. A test steers it with
+`paused`, `hold_loads`, `fail_next` and `refuse_adapters`, and waits on `wait_until` instead of sleeping.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class FakeEngine:
                 if request.adapter is not None and request.adapter.version not in self.loaded:
                     raise UnknownAdapter(request.adapter.version)
                 if len(request.prompt_ids) + request.sampling.max_new_tokens > self._model.max_context_tokens:
-                    raise InvalidRequest("inputs", "prompt and max_new_tokens exceed the context")
+                    raise InvalidRequest("max_new_tokens", "prompt and max_new_tokens exceed the context")
                 request.sampling.check_token_ids(self._model.vocab_size)
             if len(self._requests) + len(asked) > self._max_running + self._max_waiting:
                 raise QueueFull(self._max_waiting)
