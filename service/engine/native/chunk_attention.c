@@ -12,6 +12,8 @@
 TILES(tiles, store)
 
 #define BLOCK 128 /* positions */
+#define SOON 16   /* positions: how far ahead of its use a key or value is asked of memory */
+#define LINE 16   /* floats that come from memory together */
 #define TILE_WIDTH (PANELS * PANEL)
 
 static inline long round_up(long length, long unit) { return shares(length, unit) * unit; }
@@ -43,6 +45,12 @@ static struct piece room_for(const struct attention *a, long queries) {
     return p;
 }
 
+/* Bring rows near, into the second cache: the first waits for too few lines at a time, with shares of a head far apart. */
+static void ask_for(const float *const *rows, long first, long end, long length) {
+    for (long i = first; i < end; i++)
+        for (long d = 0; d < length; d += LINE) __builtin_prefetch(rows[i] + d, 0, 2);
+}
+
 /* `count` positions from `first` on, and zeros up to a whole number of tiles. */
 static void pack_block(const struct attention *a, const struct piece *p, const long *table, long head, long first, long count) {
     const float *key[BLOCK], *value[BLOCK];
@@ -54,8 +62,12 @@ static void pack_block(const struct attention *a, const struct piece *p, const l
         value[at] = a->values + place * a->value_dim;
     }
     for (long at = count; at < round_up(count, TILE_WIDTH); at++) key[at] = p->nothing;
-    for (long at = 0; at < round_up(count, TILE_WIDTH); at += PANEL) turn_rows(key + at, PANEL, 0, a->dim, p->keys + at * a->dim);
-    for (long at = 0; at < count; at++)
+    for (long at = 0; at < round_up(count, TILE_WIDTH); at += PANEL) {
+        ask_for(key, at + SOON, at_most(at + SOON + PANEL, count), a->dim);
+        turn_rows(key + at, PANEL, 0, a->dim, p->keys + at * a->dim);
+    }
+    for (long at = 0; at < count; at++) {
+        ask_for(value, at + SOON, at_most(at + SOON + 1, count), a->value_dim);
         for (long d = 0; d < p->wide; d += PANEL) {
             float *to = p->values + d * count + at * PANEL;
             long known = at_most(PANEL, a->value_dim - d);
@@ -63,6 +75,7 @@ static void pack_block(const struct attention *a, const struct piece *p, const l
             else
                 for (long j = 0; j < PANEL; j++) to[j] = j < known ? value[at][d + j] : 0;
         }
+    }
 }
 
 /* One query's scores of a block become weights, of which those outside of `low` to `high` are 0. */
