@@ -84,7 +84,7 @@ def _report(name: str, steps: list[tuple[StepReport, float | None]]) -> None:
     groups: defaultdict[str, list[float]] = defaultdict(list)
     for step, predicted in steps:
         if predicted is not None:
-            error = abs(predicted / step.seconds - 1)
+            error = abs(predicted / step.cycle_s - 1)
             groups["all"].append(error)
             groups[step.mode + (" with prompt tokens" if step.prefill_tokens else "")].append(error)
     for group, errors in groups.items():

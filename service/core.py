@@ -324,6 +324,8 @@ class StepReport:
     """One step of the engine, told to the observer: its work, and how long it took.
 
     Attributes:
+        seconds: from its first row's packing to its last token's choice.
+        pause_s: from the end of the step before it, where there was work all the time: clients were told, and it was planned.
         columns: adapter columns in use: the sum over its distinct adapters of the largest rank among their rows.
         row_ranks: the sum over its rows, prompt tokens included, of their own ranks.
         adapters: its distinct adapters.
@@ -338,6 +340,12 @@ class StepReport:
     row_ranks: int = 0
     adapters: int = 0
     context_tokens: int = 0
+    pause_s: float = 0.0
+
+    @property
+    def cycle_s(self) -> float:
+        """What each such step takes of the time of those in flight."""
+        return self.pause_s + self.seconds
 
 
 class EngineObserver(Protocol):

@@ -1,6 +1,7 @@
 """What the engine promises beside right tokens: every request ends once, and nothing is held after it."""
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -349,6 +350,24 @@ def test_logprobs_are_the_models_own() -> None:
         expected = reference(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     got = [event.token.logprob for event in client.events if isinstance(event, TokenEvent)]
     assert got == pytest.approx([expected[2 + i, token].item() for i, token in enumerate(client.tokens)], abs=1e-4)
+
+
+def test_a_step_tells_what_went_by_since_the_one_before_it_unless_there_was_nothing_to_do() -> None:
+    class Slow(Reports):
+        def on_step(self, report: StepReport) -> None:
+            super().on_step(report)
+            began = time.monotonic()
+            while time.monotonic() < began + 0.01:  # as what is told to many clients takes its time
+                pass
+
+    reports = Slow()
+    with running_engine(tiny_model("llama"), observer=reports) as engine:
+        for name in ("first", "second"):
+            generate(engine, [request(name, sampling=replace(LONG, max_new_tokens=3))])
+    pauses = [report.pause_s for report in reports.steps]
+    assert pauses[0] == 0.0
+    assert min(pauses[1:3]) >= 0.01
+    assert all(report.cycle_s == report.pause_s + report.seconds for report in reports.steps)
 
 
 def test_an_observer_that_raises_is_logged_once_and_keeps_nobody_from_going_on(caplog: pytest.LogCaptureFixture) -> None:

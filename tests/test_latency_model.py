@@ -72,6 +72,12 @@ def test_a_step_that_waited_for_another_process_counts_for_little() -> None:
     assert found[100] < 0.15
 
 
+def test_what_goes_by_between_two_steps_is_part_of_what_is_predicted() -> None:
+    model = trained(replace(step, pause_s=0.2 * step.seconds) for step in some_steps(0, 400))
+    step = next(some_steps(1, 1))
+    assert model.seconds(step) == pytest.approx(1.2 * step.seconds, rel=0.1)
+
+
 def test_nothing_is_predicted_before_enough_steps() -> None:
     model = LatencyModel()
     step = next(some_steps(0, 1))

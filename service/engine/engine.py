@@ -86,6 +86,7 @@ class Engine:
             post=self._inbox.put,
         )
         self._tickets: dict[Sequence, Ticket] = {}
+        self._step_ended: float | None = None  # the last one; None where there was nothing to do since
 
         # One limit for all who ask: what the model allows, and what the cache can hold of one request.
         context = min(loaded.max_context_tokens, self._pool.capacity_tokens)
@@ -308,6 +309,7 @@ class Engine:
         """Carry out what other threads asked for; wait for the first if there is nothing else to do."""
         if not self._tickets and not self._is_stopped:
             self._inbox.get()()
+            self._step_ended = None
         while True:
             try:
                 command = self._inbox.get_nowait()
@@ -325,6 +327,8 @@ class Engine:
 
     def _execute(self, batch: Batch) -> None:
         started = time.monotonic()
+        pause_s = 0.0 if self._step_ended is None else started - self._step_ended
+        self._step_ended = None
         batch = Batch(tuple(chunk for chunk in batch.chunks if self._admit(self._tickets[chunk.sequence], started)))
         if not batch.chunks:
             return
@@ -340,7 +344,7 @@ class Engine:
             return
         self._scheduler.commit(batch)
         self._publish()  # before anyone hears of a token, who may look at the counts at once
-        now = time.monotonic()
+        now = self._step_ended = time.monotonic()
         self._planner.record(mode, rows.input_ids.numel(), now - started)
         sampling = [ticket for ticket, chunk in zip(tickets, batch.chunks, strict=True) if chunk.samples]
         for ticket, choice in zip(sampling, chosen, strict=True):
@@ -350,7 +354,7 @@ class Engine:
                 else:
                     self._tell(ticket, event)
         if self._observer is not None:
-            self._observer.on_step(batch.report(mode, now - started))
+            self._observer.on_step(batch.report(mode, now - started, pause_s))
 
     def _admit(self, ticket: Ticket, now: float) -> bool:
         """Give a request's adapter its columns. If there is no memory for them the request ends, and the step's others run."""

@@ -125,8 +125,8 @@ class Batch:
         """The distinct (adapter, rank) of its rows; None stands for the base alone."""
         return frozenset(chunk.sequence.choice for chunk in self.chunks)
 
-    def report(self, mode: Mode, seconds: float) -> StepReport:
-        """The step that it was."""
+    def report(self, mode: Mode, seconds: float, pause_s: float = 0.0) -> StepReport:
+        """The step that it was; see there."""
         decodes = sum(chunk.is_decode for chunk in self.chunks)
         ranks: dict[str, int] = {}
         row_ranks = 0
@@ -144,6 +144,7 @@ class Batch:
             row_ranks=row_ranks,
             adapters=len(ranks),
             context_tokens=sum(chunk.end for chunk in self.chunks),
+            pause_s=pause_s,
         )
 
 

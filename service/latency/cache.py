@@ -17,7 +17,7 @@ from service.version import VERSION
 
 MAX_BYTES = 256 << 10
 """No file is larger; one that is, is not read."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 def cache_path(settings: Settings, facts: ModelFacts) -> Path:

@@ -1,5 +1,8 @@
 """How long a step of the engine takes: learned from the steps themselves, in a sweep at start-up and ever after.
 
+Its time is that of the whole cycle, from the end of the step before it: what the engine does between two steps, telling clients
+and setting ranks, makes those in flight wait as well, and over HTTP it is a tenth of a fast step and more.
+
 A step's seconds are modelled as a sum of parts that each grow with its work, one sum for each mode:
 
     seconds = sum over k of c_k * f_k(rows, prompt tokens, context, adapters)
@@ -155,7 +158,7 @@ class LatencyModel:
 
     def on_step(self, report: StepReport) -> None:
         """Learn from a step that ended."""
-        if report.seconds > 0:
+        if report.cycle_s > 0:
             with self._lock:
                 self._observe(report)
 
@@ -165,7 +168,7 @@ class LatencyModel:
     def _observe(self, report: StepReport) -> None:
         mode = report.mode
         predicted = self.seconds(report)
-        error = math.log(report.seconds / predicted) if predicted else 0.0
+        error = math.log(report.cycle_s / predicted) if predicted else 0.0
         weight = min(1.0, _TRUSTED_ERROR / max(abs(error), 1e-9))
         unfitted = self._unfitted[mode]
         unfitted.append((report, weight))
@@ -234,7 +237,7 @@ class LatencyModel:
         if not unfitted:
             return self._seen[mode]
         features = np.array([_features(report) for report, _ in unfitted])
-        seconds = np.array([report.seconds for report, _ in unfitted])
+        seconds = np.array([report.cycle_s for report, _ in unfitted])
         weights = np.array([weight for _, weight in unfitted])
         return self._seen[mode].with_steps(features, seconds, weights)
 
