@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from service.core import AdapterChoice, Compile, GenerationRequest, SamplingParams
+from service.core import AdapterChoice, Compile, GenerationRequest, SamplingParams, TokenEvent
 from service.engine.compiled import blocks_of
 from service.engine.kv_cache import CacheRoom, KVCache
 from service.engine.lora import LoraBank
@@ -116,3 +116,25 @@ def test_tokens_are_those_without_kernels_when_a_prompt_is_too_long_for_their_at
         with running_engine(tiny_model(kind), adapters, options) as engine:
             found.append([client.tokens for client in generate(engine, requests)])
     assert found[0] == found[1] == found[2]
+
+
+def test_the_numbers_are_the_same_to_the_last_bit_with_any_number_of_threads() -> None:
+    """Of which some wait for each other in every block, where there are more than processors as well."""
+    model = model_of("llama")
+    adapters = {"v": random_dylora("llama", model, seed=1)}
+    requests = mixed_requests(adapters, count=12, new_tokens=6)
+    before, told = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with running_engine(model_of("llama"), adapters) as engine:
+                clients = generate(engine, requests)
+            told.append(
+                [
+                    [(event.token.id, event.token.logprob) for event in each.events if isinstance(event, TokenEvent)]
+                    for each in clients
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(each == told[0] for each in told)
