@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from adapters.paper.plan import BEST, IDEAS_TASK, LORA, PAPER_METHODS, RANKS, ROWS, SEEDS, TASKS
+from adapters.paper.plan import BEST, HALF_BATCH, IDEAS_TASK, LORA, PAPER_METHODS, RANKS, ROWS, SEEDS, TASKS
 from adapters.paper.results import BASE, LOSS, Result
 from adapters.paper.step_time import StepTimes
 from adapters.paper.summary import (
@@ -13,9 +13,10 @@ from adapters.paper.summary import (
     GEOMETRIC,
     IDEA_WAYS,
     OURS,
+    OURS_HALF_BATCH,
     OURS_PLAIN,
-    SAME_OPTIMISER,
     SEPARATE,
+    SEPARATE_HALF_BATCH,
     WAYS,
     Spread,
     Way,
@@ -62,7 +63,7 @@ def section(results: Sequence[Result], task: str) -> str:
         base = f" Without an adapter: {bases[0][name][0]:.3f}." if bases and name in bases[0] else ""
         unit = "nats; lower is better" if name == LOSS else "points; higher is better"
         parts.append(f"**{name}** at rank ({unit}).{base}")
-        rows = [_row(way, by_rank(own, task, way, name), 3 if name == LOSS else 1) for way in (*WAYS, SAME_OPTIMISER)]
+        rows = [_row(way, by_rank(own, task, way, name), 3 if name == LOSS else 1) for way in WAYS]
         parts.append(markdown(["", *map(str, RANKS)], (row for row in rows if set(row[1:]) != {MISSING})))
         unit = "% of its loss" if name == LOSS else "points"
         parts.append(f"Behind LoRA trained at that rank, {unit} (negative is ahead):")
@@ -112,7 +113,7 @@ def costs(results: Sequence[Result], tasks: Sequence[str]) -> str:
     """One run beside the sweep of eight."""
     rows = []
     for task in tasks:
-        for nested in (*PAPER_METHODS, ROWS, BEST):
+        for nested in (*PAPER_METHODS, ROWS, BEST, HALF_BATCH):
             found = cost(results, task, nested.name)
             if found is not None:
                 sweep = MISSING if found.sweep is None else f"{found.sweep:.0f}"
@@ -164,6 +165,8 @@ def claims(results: Sequence[Result]) -> str:
         ("geometric against uniform", GEOMETRIC, FULL, SHOWN),
         ("ours, plain, against DyLoRA full", OURS_PLAIN, FULL, RANKS),
         ("ours against LoRA trained at that rank", OURS, SEPARATE, RANKS),
+        ("ours in half the batch against LoRA trained at that rank", OURS_HALF_BATCH, SEPARATE, RANKS),
+        ("ours in half the batch against LoRA in half the batch", OURS_HALF_BATCH, SEPARATE_HALF_BATCH, SHOWN),
         ("ours against LoRA r8, SVD order", OURS, CUT_BY_SVD, SHOWN),
     )
     parts = []
