@@ -140,7 +140,6 @@ TASKS: tuple[Task, ...] = (
 """In the order in which they are run: each is complete before the next begins."""
 
 LORA = "lora"
-LORA_HALF_BATCH = "lora-half-batch"
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,6 @@ class Nested:
         config: alpha, r_max and targets are the task's, whatever stands here.
         optim: what moves the factors.
         rate_factor: of the task's learning rate.
-        batch_factor: of the task's batch.
         steps_factor: optimiser steps, in those of one ordinary LoRA run.
         idea: what it tries, in a few words, for the page.
     """
@@ -161,7 +159,6 @@ class Nested:
     config: DyLoRAConfig = DyLoRAConfig()  # noqa: RUF009  frozen
     optim: OptimizerName = OptimizerName.ADAMW
     rate_factor: float = 1.0
-    batch_factor: float = 1.0
     steps_factor: float = 1.0
     idea: str = ""
 
@@ -188,15 +185,6 @@ BEST = Nested(
     idea="each row of the batch has its own rank, low ranks and the full one weighted, scale alpha / sqrt(b), twice the steps",
 )
 """Ours. The one place that says what it is."""
-
-HALF_BATCH = replace(
-    BEST,
-    name="best-half-batch",
-    batch_factor=0.5,
-    steps_factor=4.0,
-    idea="ours for the cost of two, in half the batch and twice as many steps again: the same rows, for the same cost",
-)
-"""On IDEAS_TASK alone, beside LoRA that is given the same."""
 
 ROWS = Nested(
     "rows",
@@ -300,9 +288,6 @@ def _comparison(task: Task, seed: int) -> Iterator[Run]:
         yield lora_run(task, rank, seed)
     yield from (nested_run(task, nested, seed) for nested in (PAPER_METHODS[0], BEST, ROWS, *PAPER_METHODS[1:]))
     yield from (lora_run(task, rank, seed) for rank in RANKS if rank not in FIRST_RANKS)
-    if task.name == IDEAS_TASK:
-        yield nested_run(task, HALF_BATCH, seed)
-        yield from (half_batch_lora_run(task, rank, seed) for rank in FIRST_RANKS)
 
 
 def _trials(task: Task, seed: int) -> Iterator[Run]:
@@ -317,28 +302,19 @@ def lora_run(task: Task, rank: int, seed: int) -> Run:
     return Run(task, LORA, seed, replace(task.settings, seed=seed), rank=rank)
 
 
-def half_batch_lora_run(task: Task, rank: int, seed: int) -> Run:
-    """An ordinary LoRA on as many rows, in half the batch and twice the steps."""
-    run = lora_run(task, rank, seed)
-    settings = _resized(run.settings, HALF_BATCH.batch_factor, 1 / HALF_BATCH.batch_factor)
-    return replace(run, method=LORA_HALF_BATCH, settings=settings)
-
-
 def nested_run(task: Task, nested: Nested, seed: int) -> Run:
     """A nested adapter of ranks 1..r_max."""
-    settings = replace(task.settings, seed=seed, optim=nested.optim, learning_rate=_rate(task, nested.rate_factor))
-    settings = _resized(settings, nested.batch_factor, nested.steps_factor)
+    steps = task.settings.max_steps
+    assert steps is not None  # every task states its steps
+    settings = replace(
+        task.settings,
+        seed=seed,
+        optim=nested.optim,
+        learning_rate=_rate(task, nested.rate_factor),
+        max_steps=round(steps * nested.steps_factor),
+    )
     config = replace(nested.config, r_max=R_MAX, alpha=ALPHA, targets=task.targets)
     return Run(task, nested.name, seed, settings, config=config)
-
-
-def _resized(settings: TrainSettings, batch_factor: float, steps_factor: float) -> TrainSettings:
-    assert settings.max_steps is not None  # every task states its steps
-    return replace(
-        settings,
-        per_device_train_batch_size=round(settings.per_device_train_batch_size * batch_factor),
-        max_steps=round(settings.max_steps * steps_factor),
-    )
 
 
 def _rate(task: Task, factor: float) -> float:

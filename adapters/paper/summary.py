@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from adapters.paper.plan import BEST, HALF_BATCH, IDEAS, LORA, LORA_HALF_BATCH, PAPER_METHODS, RANKS, ROWS
+from adapters.paper.plan import BEST, IDEAS, LORA, PAPER_METHODS, RANKS, ROWS
 from adapters.paper.results import FIRST_COLUMNS, LOSS, SVD_ORDER, TRAINED, Result
 
 
@@ -31,21 +31,8 @@ CUT_BY_SVD = Way("LoRA r8, SVD order", LORA, SVD_ORDER)
 FULL, FROZEN, GEOMETRIC = (Way(f"DyLoRA {each.name.removeprefix('dylora-')}", each.name) for each in PAPER_METHODS)
 OURS_PLAIN = Way("ours, for the cost of one LoRA run", ROWS.name)
 OURS = Way("ours, for the cost of two", BEST.name)
-OURS_HALF_BATCH = Way("ours, for the cost of two, in half the batch", HALF_BATCH.name)
-SEPARATE_HALF_BATCH = Way("LoRA trained at that rank, in half the batch", LORA_HALF_BATCH)
 
-WAYS: tuple[Way, ...] = (
-    SEPARATE,
-    CUT_AS_TRAINED,
-    CUT_BY_SVD,
-    FULL,
-    FROZEN,
-    GEOMETRIC,
-    OURS_PLAIN,
-    OURS,
-    OURS_HALF_BATCH,
-    SEPARATE_HALF_BATCH,
-)
+WAYS: tuple[Way, ...] = (SEPARATE, CUT_AS_TRAINED, CUT_BY_SVD, FULL, FROZEN, GEOMETRIC, OURS_PLAIN, OURS)
 """The rows of every table, in order."""
 IDEA_WAYS: tuple[Way, ...] = tuple(Way(idea.idea, idea.name) for idea in IDEAS)
 

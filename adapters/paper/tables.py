@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from adapters.paper.plan import BEST, HALF_BATCH, IDEAS_TASK, LORA, PAPER_METHODS, RANKS, ROWS, SEEDS, TASKS
+from adapters.paper.plan import BEST, IDEAS_TASK, LORA, PAPER_METHODS, RANKS, ROWS, SEEDS, TASKS
 from adapters.paper.results import BASE, LOSS, Result
 from adapters.paper.step_time import StepTimes
 from adapters.paper.summary import (
@@ -13,10 +13,8 @@ from adapters.paper.summary import (
     GEOMETRIC,
     IDEA_WAYS,
     OURS,
-    OURS_HALF_BATCH,
     OURS_PLAIN,
     SEPARATE,
-    SEPARATE_HALF_BATCH,
     WAYS,
     Spread,
     Way,
@@ -113,7 +111,7 @@ def costs(results: Sequence[Result], tasks: Sequence[str]) -> str:
     """One run beside the sweep of eight."""
     rows = []
     for task in tasks:
-        for nested in (*PAPER_METHODS, ROWS, BEST, HALF_BATCH):
+        for nested in (*PAPER_METHODS, ROWS, BEST):
             found = cost(results, task, nested.name)
             if found is not None:
                 sweep = MISSING if found.sweep is None else f"{found.sweep:.0f}"
@@ -165,8 +163,6 @@ def claims(results: Sequence[Result]) -> str:
         ("geometric against uniform", GEOMETRIC, FULL, SHOWN),
         ("ours, plain, against DyLoRA full", OURS_PLAIN, FULL, RANKS),
         ("ours against LoRA trained at that rank", OURS, SEPARATE, RANKS),
-        ("ours in half the batch against LoRA trained at that rank", OURS_HALF_BATCH, SEPARATE, RANKS),
-        ("ours in half the batch against LoRA in half the batch", OURS_HALF_BATCH, SEPARATE_HALF_BATCH, SHOWN),
         ("ours against LoRA r8, SVD order", OURS, CUT_BY_SVD, SHOWN),
     )
     parts = []
