@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from adapters.paper.plan import BEST, IDEAS, LORA, LORA_BEST_OPTIMISER, PAPER_METHODS, RANKS, ROWS
+from adapters.paper.plan import BEST, IDEAS, LORA, PAPER_METHODS, RANKS, ROWS
 from adapters.paper.results import FIRST_COLUMNS, LOSS, SVD_ORDER, TRAINED, Result
 
 
@@ -34,7 +34,6 @@ OURS = Way("ours, for the cost of two", BEST.name)
 
 WAYS: tuple[Way, ...] = (SEPARATE, CUT_AS_TRAINED, CUT_BY_SVD, FULL, FROZEN, GEOMETRIC, OURS_PLAIN, OURS)
 """The rows of every table, in order."""
-SAME_OPTIMISER = Way("LoRA trained at that rank, our optimiser", LORA_BEST_OPTIMISER)
 IDEA_WAYS: tuple[Way, ...] = tuple(Way(idea.idea, idea.name) for idea in IDEAS)
 
 

@@ -14,7 +14,6 @@ from adapters.paper.summary import (
     IDEA_WAYS,
     OURS,
     OURS_PLAIN,
-    SAME_OPTIMISER,
     SEPARATE,
     WAYS,
     Spread,
@@ -62,7 +61,7 @@ def section(results: Sequence[Result], task: str) -> str:
         base = f" Without an adapter: {bases[0][name][0]:.3f}." if bases and name in bases[0] else ""
         unit = "nats; lower is better" if name == LOSS else "points; higher is better"
         parts.append(f"**{name}** at rank ({unit}).{base}")
-        rows = [_row(way, by_rank(own, task, way, name), 3 if name == LOSS else 1) for way in (*WAYS, SAME_OPTIMISER)]
+        rows = [_row(way, by_rank(own, task, way, name), 3 if name == LOSS else 1) for way in WAYS]
         parts.append(markdown(["", *map(str, RANKS)], (row for row in rows if set(row[1:]) != {MISSING})))
         unit = "% of its loss" if name == LOSS else "points"
         parts.append(f"Behind LoRA trained at that rank, {unit} (negative is ahead):")
