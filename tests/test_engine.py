@@ -1,8 +1,11 @@
 """What the engine promises beside right tokens: every request ends once, and nothing is held after it."""
 
+import os
+import sys
 import threading
 import time
 from dataclasses import replace
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -24,6 +27,8 @@ from service.core import (
     TokenEvent,
 )
 from service.engine.engine import Engine
+from service.engine.lora import LoraBank
+from service.engine.merge_worker import MergeResult, MergeWorker
 from service.engine.model import prepare_model
 from service.engine.observers import EngineObservers
 from service.engine.options import EngineOptions
@@ -368,6 +373,21 @@ def test_a_step_tells_what_went_by_since_the_one_before_it_unless_there_was_noth
     assert pauses[0] == 0.0
     assert min(pauses[1:3]) >= 0.01
     assert all(report.cycle_s == report.pause_s + report.seconds for report in reports.steps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_a_merge_leaves_the_processor_to_the_steps() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    model = tiny_model("llama")
+    bank = LoraBank(model, model.get_input_embeddings())
+    ended: SimpleQueue[tuple[MergeResult, int]] = SimpleQueue()
+    worker = MergeWorker(bank.site, lambda result: ended.put((result, niceness())))
+    worker.start(random_dylora("llama", model, seed=1), dylora_choice(), None)
+    result, during = ended.get(timeout=60)
+    assert result.weights is not None
+    assert during == min(niceness() + 10, 19)
 
 
 def test_an_observer_that_raises_is_logged_once_and_keeps_nobody_from_going_on(caplog: pytest.LogCaptureFixture) -> None:

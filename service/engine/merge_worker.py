@@ -1,9 +1,12 @@
 """Merging beside the engine: weights are computed by a thread of their own, and no step waits for them."""
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +18,9 @@ from service.engine.merged import MergeCancelled, MergedWeights, merge
 from service.engine.sites import Site
 
 log = logging.getLogger(__name__)
+
+_NICENESS = 10
+"""Of a merge's thread beside the engine's: a tenth of a processor that both want."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class MergeWorker:
     """Makes merged weights, one pair at a time.
 
     A thread per merge: its products run outside the interpreter's lock, slice by slice (see `merged`), so that the engine's
-    thread gets both the lock and the processor back soon.
+    thread gets both the lock and the processor back soon, and where the system allows it at a lower priority: the threads of a
+    step wait for each other, so that one which has to share its processor would make all of them late.
     """
 
     def __init__(self, site_of: Callable[[str], Site], on_end: Callable[[MergeResult], None]) -> None:
@@ -54,6 +61,7 @@ class MergeWorker:
     def _run(self, adapter: Adapter, choice: AdapterChoice, buffer: Tensor | None) -> None:
         started = time.monotonic()
         weights = None
+        _step_back()
         try:
             weights = self._merge(adapter, choice, buffer)
         except MergeCancelled:
@@ -69,3 +77,11 @@ class MergeWorker:
             # on another of its streams, that is an error.
             torch.cuda.current_stream(weights.buffer.device).synchronize()
         return weights
+
+
+def _step_back() -> None:
+    """Lower the priority of the calling thread, which only Linux has one for."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
