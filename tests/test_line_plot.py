@@ -46,3 +46,15 @@ def test_one_rank_alone_and_flat_curves_are_drawn(tmp_path: Path) -> None:
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"written as \.png or \.svg"):
         save_figure(line_plot([LORA], x_label="x", y_label="y"), tmp_path / "plot.pdf")
+
+
+@pytest.mark.parametrize(("count", "inside"), [(2, 1), (5, 1), (6, 0)])
+def test_a_legend_of_many_lines_covers_none_of_them(count: int, inside: int) -> None:
+    series = [Series(f"line {number}", (1, 2), (float(number), 1.0)) for number in range(count)]
+    figure = panels([Panel(series, "rank", "loss"), Panel(series, "rank", "BLEU")])
+    assert (sum(axes.get_legend() is not None for axes in figure.axes), len(figure.legends)) == (inside, 1 - inside)
+    if not inside:
+        figure.draw_without_rendering()
+        left = figure.legends[0].get_window_extent().x0
+        assert all(axes.get_window_extent().x1 <= left for axes in figure.axes)
+        assert [each.get_text() for each in figure.legends[0].get_texts()] == [each.label for each in series]

@@ -40,6 +40,8 @@ _FAR = 2.0
 """A level farther from the curves than this times their own height would flatten them: it is named at the edge instead."""
 
 
+_MOST_INSIDE, _LEGEND_INCHES = 5, 2.3
+"""Lines whose legend stands inside of a panel, where a corner is free as a rule; of more it stands beside them all, so wide."""
 _CAPTION_LETTERS_PER_INCH = 17
 _LABEL_HEIGHT = 0.055
 """Of a level's label, as a share of the axes' height."""
@@ -113,16 +115,20 @@ def panels(
     with rc_context(_STYLE):
         caption = fill(caption, width=round(_CAPTION_LETTERS_PER_INCH * inches[0] * columns))
         extra = 0.3 * bool(title) + (0.15 * caption.count("\n") + 0.25) * bool(caption)
-        figure = Figure(figsize=(inches[0] * columns, inches[1] * rows + extra), layout="constrained")
+        names = [[each.label for each in panel.series] for panel in content]
+        is_beside = len(names[0]) > _MOST_INSIDE and all(each == names[0] for each in names)
+        width = inches[0] * columns + _LEGEND_INCHES * is_beside
+        figure = Figure(figsize=(width, inches[1] * rows + extra), layout="constrained")
         if title:
             figure.suptitle(title, fontsize=11, x=0.01, ha="left")
         if caption:
             figure.supxlabel(caption, fontsize=7.5, color=_GREY, x=0.01, ha="left")
-        explained: list[list[str]] = []
-        for place, panel in enumerate(content, start=1):
-            labels = [each.label for each in panel.series]
-            draw(figure.add_subplot(rows, columns, place), panel, has_legend=labels not in explained)
-            explained.append(labels)  # the same lines again need no second legend
+        for number, panel in enumerate(content):
+            has_legend = not is_beside and names[number] not in names[:number]  # the same lines again need no second legend
+            draw(figure.add_subplot(rows, columns, number + 1), panel, has_legend=has_legend)
+        if is_beside:
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
