@@ -11,7 +11,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 
-#define SPINS 4000 /* looks, some 50 microseconds, before a thread whose company is late leaves its processor to others */
+#define SPINS 4000 /* looks, some 50 microseconds, 200 where a pause is long, before a thread whose company is late leaves its processor to others */
 
 /* Of one region, whose threads all begin with zeros. */
 struct barrier {
