@@ -19,6 +19,8 @@ TILES(tiles, store)
 #define BLOCK_ROWS 4
 #define SOON 32 /* inputs: how far ahead of its use a weight is asked of memory, 2 KiB */
 #define LINE 64 /* bytes that come from memory together: a panel of one input */
+#define FEW 20  /* most rows whose products are hardly slower than memory */
+#define MANY 64 /* most rows of which a tile stays in a level 1 cache until adapters are added to it */
 #define CHUNK 8 /* most panels between the base's product and the adapters' on top of it */
 
 /* One of several products of the same rows, as when query, key and value are computed of one x. */
@@ -60,8 +62,23 @@ static void turn(const float *x, long rows, long in, long groups, float *turned)
 
 /* ---- the base's product ------------------------------------------------------------------------------------------------- */
 
-/* Outputs of one tile's width, from `panel` on, of all rows; of a single row those of one panel. */
-static void multiply(const struct part *p, const float *x, int is_turned, long rows, long in, long groups, long panel) {
+/* Asks memory for the columns of B that outputs of one tile's width need, from `panel` on: the share `turn` of `turns`, since a
+   processor waits once it has asked for some 20 lines. */
+static void ask_for(const struct part *p, const struct lora *l, long panel, long turn, long turns) {
+    for (long block = 0; block < l->blocks; block++) {
+        long width = l->widths[block] * PANEL, other = apart(panel + 1 == p->out / PANEL, width);
+        const float *b = p->b + l->starts[block] * p->out + panel * width;
+        for (long column = turn; column < l->ranks[block]; column += turns) {
+            __builtin_prefetch(b + column * PANEL, 0, 3);
+            if (PANELS == 2) __builtin_prefetch(b + other + column * PANEL, 0, 3);
+        }
+    }
+}
+
+/* Outputs of one tile's width, from `panel` on, of all rows; of a single row those of one panel. What adapters add to them, if
+   any `follow`, is on its way from memory meanwhile. */
+static void multiply(const struct part *p, const float *x, int is_turned, long rows, long in, long groups, long panel,
+                     const struct lora *follow) {
     int is_single = rows == 1 || panel + 1 == p->out / PANEL;
     long other = apart(is_single, in * PANEL), step = apart(is_single, LANES);
     for (long k = 0; k < in; k += DEPTH) {
@@ -82,6 +99,7 @@ static void multiply(const struct part *p, const float *x, int is_turned, long r
             long pace = (LINE + groups - 1) / groups;
             const float *ahead = rows == 1 ? 0 : groups > 1 ? next + depth * g / groups * PANEL : block + SOON * PANEL;
             const float *read = is_turned ? x + first * in + k * count : x + k;
+            if (follow) ask_for(p, follow, panel, k / DEPTH * groups + g, shares(in, DEPTH) * groups);
             tiles[count](read, count, block, other, depth, k || p->add || p->bias ? from : 0, to, panel * PANEL, step, ahead, pace);
         }
     }
@@ -190,16 +208,23 @@ static void multiply_all(const struct products *p, const float *x, struct barrie
     const float *read = p->is_turned ? p->turned : x;
     /* A single row waits for memory, which gives most to one who reads on and on: two panels are two places. */
     long together = p->rows == 1 ? 1 : PANELS;
+    /* Few rows are faster than memory, which then serves one long read after the other best: an adapter's columns of a whole
+       chunk. Many leave it time, in which what the adapters add to a tile comes near before the tile is done. */
+    int is_asked = p->rows > FEW && p->rows <= MANY;
     for (long i = 0; i < p->count; i++) {
         const struct part *part = p->parts + i;
-        long panels = part->out / PANEL, chunk = chunk_of(panels, omp_get_num_threads());
+        const struct lora *own = part->a ? p->lora : 0;
+        long panels = part->out / PANEL, chunk = chunk_of(panels, omp_get_num_threads()), span = is_asked ? PANELS : chunk;
         /* Who comes takes: memory is never as fast for one thread as for another, and all wait for the last. */
 #pragma omp for schedule(monotonic : dynamic, 1) nowait
         for (long first = 0; first < panels; first += chunk) {
             long end = at_most(first + chunk, panels);
-            for (long panel = first; part->w && panel < end; panel += together)
-                multiply(part, read, p->is_turned, p->rows, p->in, p->groups, panel);
-            if (p->lora && part->a) expand(part, p->lora, p->low + i * p->low_size, p->most, first, end);
+            for (long from = first; from < end; from += span) {
+                long to = at_most(from + span, end);
+                for (long panel = from; part->w && panel < to; panel += together)
+                    multiply(part, read, p->is_turned, p->rows, p->in, p->groups, panel, is_asked ? own : 0);
+                if (own) expand(part, own, p->low + i * p->low_size, p->most, from, to);
+            }
         }
     }
 }
