@@ -144,7 +144,7 @@ def lock() -> None:
     """Write what pip would choose for this project today to constraints.txt, without changing .venv."""
     torch = f"torch=={pinned('torch')}"
     command = (VENV_PYTHON, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-")
-    wanted = (torch, *BUILD_BACKEND, f"{ROOT}[dev]")
+    wanted = (torch, *BUILD_BACKEND, f"{ROOT}[dev,ray]")
     report = json.loads(subprocess.run([*command, *wanted], check=True, stdout=subprocess.PIPE).stdout)
     chosen = (entry["metadata"] for entry in report["install"])
     found = {re.sub(r"[-_.]+", "-", package["name"]).lower(): package["version"] for package in chosen}

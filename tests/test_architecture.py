@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ),
     ("routes", "service.http.routes", "common answering adapters quality ops pages generate openai vllm"),
     ("app", "service.http", "app server"),
-    ("commands", "service", "allocator demo launch keys_command cli"),
+    ("commands", "service", "allocator demo launch keys_command cli cluster"),
 )
 """Lowest first. A module imports only from lower layers, or from modules that stand before it in its own."""
 
