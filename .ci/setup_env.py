@@ -28,8 +28,8 @@ UV = "uv==0.13.9"  # only fetched where pip does not find a CPU build of torch
 BUILD_BACKEND = ("hatchling", "editables")
 
 LOCK_HEADER = """\
-# Every package of the environment, at the version that is tested. Made by `make lock`; torch is raised here by hand,
-# without a local label such as +cpu, because .ci/setup_env.py picks the build.
+# Every package of the environment and of the extra `ray`, at the version that is tested. Made by `make lock`; torch is
+# raised here by hand, without a local label such as +cpu, because .ci/setup_env.py picks the build.
 """
 
 

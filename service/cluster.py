@@ -6,7 +6,7 @@ Arguments are settings. How many replicas there are, and what each may use of it
 deployment (docker/README.md). The only module that knows Ray.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
@@ -25,12 +25,14 @@ from service.settings import Device, Settings, SettingsError, variable
 DEPLOYMENT = "dylora"
 """What Serve's config calls it."""
 
-_ANYWHERE = "0.0.0.0"
-"""The proxy is for other machines: who may come has to be said, as in a container."""
-_OF_THE_PROXY = (
+OF_THE_PROXY = (
     *("host", "port", "max_connections", "max_headers", "max_header_bytes"),
     *("header_timeout_s", "keep_alive_s", "write_timeout_s", "max_unread_tokens"),
 )
+"""Settings that have no meaning where the connections are Serve's."""
+
+_EVERY_ADDRESS = "0.0.0.0"
+"""The proxy is there for other machines. So it has to be said who may come, as in a container."""
 _PATHS = ("adapters_dir", "api_keys_file", "lora_load_dir", "latency_cache_dir")
 _MORE_THAN_THE_ENGINE_TAKES = 2
 """The queue is the engine's, which knows whose turn it is and refuses what is too much: Serve's lets through what fills it."""
@@ -99,7 +101,7 @@ def app(args: dict[str, Any]) -> Application:
     Raises:
         SettingsError: a setting is unknown, not legal, or not for a replica.
     """
-    settings = _settings(args)
+    settings = settings_of(args)
     deployment = serve.deployment(serve.ingress()(Replica)).options(
         name=DEPLOYMENT,
         ray_actor_options={
@@ -112,22 +114,30 @@ def app(args: dict[str, Any]) -> Application:
     return deployment.bind(settings)
 
 
-def _settings(args: Mapping[str, Any]) -> Settings:
-    settings = Settings.load({**args, "host": _ANYWHERE, "adapters_shared": True})
-    given = {*args, *settings.model_fields_set} - ({"host"} - args.keys())
-    problems = [
-        f"{field} ({variable(field)}): not a replica's: the proxy's, see http_options in Serve's config"
-        for field in _OF_THE_PROXY
-        if field in given
-    ]
-    if "adapters_dir" not in given:
-        problems.append(f"adapters_dir ({variable('adapters_dir')}): name the folder that all replicas share")
-    for field in _PATHS:
-        path = getattr(settings, field)
-        if path is not None and not path.is_absolute():
-            problems.append(f"{field} ({variable(field)}): {str(path)!r} is not legal: replicas start in folders of their own")
-    if settings.model.startswith(("./", "../")):
-        problems.append(f"model ({variable('model')}): {settings.model!r} is not legal: replicas start in folders of their own")
+def settings_of(args: Mapping[str, Any]) -> Settings:
+    """The settings of every replica. Raises SettingsError, as `app`."""
+    settings = Settings.load({**args, "host": _EVERY_ADDRESS, "adapters_shared": True})
+    problems = [*_not_of_a_replica(args, settings), *_relative_paths(settings)]
     if problems:
         raise SettingsError("\n".join(problems))
     return settings
+
+
+def _not_of_a_replica(args: Mapping[str, Any], settings: Settings) -> Iterator[str]:
+    given = args.keys() | (settings.model_fields_set - {"host", "adapters_shared"})
+    for field in OF_THE_PROXY:
+        if field in given:
+            yield f"{field} ({variable(field)}): the connections are the proxy's: see http_options in Serve's config"
+    if "adapters_shared" in given:
+        yield f"adapters_shared ({variable('adapters_shared')}): replicas always share their adapters; leave it out"
+    if "adapters_dir" not in given:
+        yield f"adapters_dir ({variable('adapters_dir')}): name the folder that all replicas share"
+
+
+def _relative_paths(settings: Settings) -> Iterator[str]:
+    paths = {field: str(path) for field in _PATHS if (path := getattr(settings, field)) is not None}
+    if settings.model.startswith("."):
+        paths["model"] = settings.model
+    for field, path in paths.items():
+        if not path.startswith("/"):
+            yield f"{field} ({variable(field)}): {path!r} is not legal: replicas start in folders of their own; begin with /"

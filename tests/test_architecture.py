@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     (
         "asgi",
         "service.http.asgi",
-        "validation_text refusals auth middleware request_log request_spans disconnect connection",
+        "validation_text refusals auth middleware request_log request_spans disconnect connection replica",
     ),
     ("routes", "service.http.routes", "common answering adapters quality ops pages generate openai vllm"),
     ("app", "service.http", "app server"),
@@ -51,12 +51,13 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
 """Lowest first. A module imports only from lower layers, or from modules that stand before it in its own."""
 
 MAY_IMPORT = {
-    "fastapi": ("service.http.app", "service.http.routes.*", "service.http.server", "service.cli"),
+    "fastapi": ("service.http.app", "service.http.routes.*", "service.http.server", "service.launch", "service.cli"),
     "starlette": (
         "service.http.asgi.auth",
         "service.http.asgi.connection",
         "service.http.asgi.middleware",
         "service.http.asgi.refusals",
+        "service.http.asgi.replica",
         "service.http.asgi.request_log",
         "service.http.asgi.request_spans",
         "service.http.asgi.disconnect",

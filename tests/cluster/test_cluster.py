@@ -50,7 +50,7 @@ def alone(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[http
 
 @pytest.mark.parametrize("rank", [1, 16])
 def test_each_replica_makes_the_text_that_one_server_makes(cluster: Cluster, alone: httpx.Client, rank: int) -> None:
-    parameters = {"adapter_id": "mr-to-text", "rank": rank, "max_new_tokens": 60}
+    parameters: dict[str, Any] = {"adapter_id": "mr-to-text", "rank": rank, "max_new_tokens": 60}
     expected = alone.post("/generate", json={"inputs": PROMPT, "parameters": parameters})
     for answer in cluster.from_each(lambda: cluster.generate(PROMPT, **parameters)).values():
         assert answer.json() == expected.json()
