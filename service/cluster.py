@@ -96,7 +96,7 @@ class Replica:
 
 
 def app(args: dict[str, Any]) -> Application:
-    """What `serve run`, `serve build` and Serve's config name: a deployment for the settings that they give.
+    """What `serve run` and Serve's config name: a deployment for the settings that they give.
 
     Raises:
         SettingsError: a setting is unknown, not legal, or not for a replica.

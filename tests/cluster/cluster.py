@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,23 +21,52 @@ from tests.documents import ROOT
 from tests.e2e.tiny_server import wait_until
 
 CONFIG = ROOT / "docker" / "serve.yaml"
-BY_ADAPTER = {"request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"}
-"""As the page has it; the header's name is in the environment."""
 REPLICAS = 2
 _START_S = 120
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """What stands before the replicas, told as the page says to keep requests together that name an adapter in the header.
+
+    Attributes:
+        environment: of Ray's processes.
+        deployment: what the config says of the deployment besides.
+    """
+
+    environment: Mapping[str, str]
+    deployment: Mapping[str, object]
+
+
+PROXIES = {
+    "Serve's own": Proxy(
+        {"RAY_SERVE_SESSION_ID_HEADER_KEY": "X-LoRA-Adapter"},
+        {
+            "request_router_config": {
+                "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+            }
+        },
+    ),
+    "HAProxy": Proxy(
+        {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "hdr(X-LoRA-Adapter)"},
+        {},
+    ),
+}
 
 
 class Cluster:
     """The config with other settings, run until the `with` block ends.
 
     Args:
+        proxy: what stands before the replicas.
         folder: for the config and Ray's output.
         settings: arguments of the application.
         headers: of a request that may do everything.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, object], headers: Mapping[str, str]) -> None:
+    def __init__(self, proxy: Proxy, folder: Path, settings: Mapping[str, object], headers: Mapping[str, str]) -> None:
         self.port = free_port()
+        self._proxy = proxy
         self._folder = folder
         self._config = yaml.safe_load(CONFIG.read_text())
         self._config["http_options"] = {"host": "127.0.0.1", "port": self.port}
@@ -48,7 +78,8 @@ class Cluster:
         environment |= {
             "HOME": str(self._folder),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-lora-adapter",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # HAProxy is told of a replica's end in less
+            **self._proxy.environment,
         }
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -77,7 +108,7 @@ class Cluster:
         config = copy.deepcopy(self._config)
         application = config["applications"][0]
         application["args"] |= settings or {}
-        application["deployments"][0] |= {"request_router_config": BY_ADAPTER, "user_config": user_config}
+        application["deployments"][0] |= {**self._proxy.deployment, "user_config": user_config}
         path = self._folder / "serve.yaml"
         path.write_text(yaml.safe_dump(config))
         process = self._process

@@ -1,16 +1,20 @@
 """What `serve run service.cluster:app NAME=VALUE` takes: every setting that is a replica's, and nothing else."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("ray", reason="Ray is not installed here; `make test-ray` installs it")
 
 from service import cluster
 from service.settings import Settings, SettingsError
+from tests.cluster.cluster import CONFIG
 
 pytestmark = pytest.mark.ray
 
+PAGE = CONFIG.parent / "README.md"
 LEGAL = {"adapters_dir": "/shared/adapters", "allow_open_demo": "true"}
 
 
@@ -33,6 +37,16 @@ def test_what_is_the_proxys_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("DYLORA_PORT", "9000")
     assert [line.split()[0] for line in refusal({"host": "127.0.0.1", "keep_alive_s": "5"})] == ["host", "port", "keep_alive_s"]
     assert set(cluster.OF_THE_PROXY) <= set(Settings.model_fields)
+
+
+def test_the_example_is_legal_and_the_page_names_what_is_refused() -> None:
+    config = yaml.safe_load(CONFIG.read_text())
+    (application,) = config["applications"]
+    assert cluster.settings_of(application["args"]).adapters_shared
+    assert application["import_path"] == f"{cluster.__name__}:{cluster.app.__name__}"
+    assert [each["name"] for each in application["deployments"]] == [cluster.DEPLOYMENT]
+    (row,) = (line for line in PAGE.read_text().splitlines() if line.startswith("| settings |"))
+    assert set(re.findall(r"`(\w+)`", row)) == set(cluster.OF_THE_PROXY)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ pytest.importorskip("ray", reason="Ray is not installed here; `make test-ray` in
 from adapters.demo import ARTIFACTS
 from loadtests.server_process import ServerProcess
 from service.keys import Scope
-from tests.cluster.cluster import Cluster
+from tests.cluster.cluster import PROXIES, Cluster
 from tests.e2e.tiny_server import events, wait_until
 from tests.http_keys import MadeKey, make_key, write_keys
 
@@ -31,11 +31,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_keys(tmp_path_factory.mktemp("keys") / "keys.json", EVERYTHING, READER)
 
 
-@pytest.fixture(scope="module")
-def cluster(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+@pytest.fixture(scope="module", params=PROXIES.values(), ids=tuple(PROXIES))
+def cluster(request: pytest.FixtureRequest, keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
+    write_keys(keys, EVERYTHING, READER)  # without those that another cluster read again
     settings = {"adapters_dir": str(folder / "adapters"), "api_keys_file": str(keys), "threads": 1, "latency_sweep_s": 0}
-    with Cluster(folder, settings, EVERYTHING.headers) as cluster:
+    with Cluster(request.param, folder, settings, EVERYTHING.headers) as cluster:
         yield cluster
 
 
@@ -144,6 +145,26 @@ def test_requests_that_name_an_adapter_in_the_header_stay_together(cluster: Clus
     assert len(set(homes.values())) == 2, "not all of them in one place"
 
 
+def test_a_calibration_is_asked_for_where_it_was_begun(cluster: Cluster) -> None:
+    """By the adapter's name in the header, which leads to one replica; what was measured is everybody's."""
+    old, home = upload(cluster, "measured", "mr-to-text-lora").json()["version"], {"X-LoRA-Adapter": "measured"}
+    body = {"examples": [{"prompt": PROMPT, "completion": " A coffee shop."}], "ranks": [1, 2]}
+    begun = cluster.http.post("/adapters/measured/calibration", json=body, headers=home)
+    assert begun.status_code == 202
+
+    def is_done() -> bool:
+        return bool(cluster.http.get(begun.headers["location"], headers=home).raise_for_status().json()["state"] == "done")
+
+    wait_until(is_done, 30)
+
+    def told() -> list[str]:
+        answers = cluster.from_each(lambda: cluster.http.get("/adapters/measured")).values()
+        return [answer.json()["quality"]["metric"] for answer in answers if answer.json()["version"] != old]
+
+    wait_until(lambda: told() == ["loss per token"] * 2)
+    assert cluster.http.delete("/adapters/measured").status_code == 204
+
+
 def test_a_scrape_tells_of_all_replicas(cluster: Cluster) -> None:
     before = total(cluster, "dylora_requests_total", outcome="ok")
     for _ in range(7):
@@ -151,7 +172,8 @@ def test_a_scrape_tells_of_all_replicas(cluster: Cluster) -> None:
     assert total(cluster, "dylora_requests_total", outcome="ok") == before + 7
     for answer in cluster.from_each(lambda: cluster.http.get("/metrics")).values():
         for replica in cluster.replicas():
-            assert f'dylora_adapters{{replica="{replica}",state="ready"}} 3.0' in answer.text
+            assert f'dylora_kv_blocks{{replica="{replica}",state="free"}}' in answer.text
+    wait_until(lambda: total(cluster, "dylora_adapters", state="ready") == 2 * len(cluster.http.get("/adapters").json()))
     assert cluster.http.get("/metrics", headers=READER.headers).status_code == 403
 
 
