@@ -1,8 +1,11 @@
 """AdapterStore over one folder for several processes: each sees what the others did, and none undoes it."""
 
 import os
+import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 from adapters.checkpoint import TENSORS_FILE
 from adapters.errors import AdapterBusy, AdapterError, AdapterNotFound, InvalidAdapter, StoreFull
 from adapters.store.store import AdapterStore
-from tests.test_store import ROOT, upload
+from tests.test_store import ROOT, killer, upload
 
 
 def share(root: Path, *, max_adapters: int = 4, max_total_bytes: int = 1 << 30) -> AdapterStore:
@@ -162,3 +165,68 @@ def test_who_joins_removes_what_the_killed_left_and_nothing_of_the_living(tmp_pa
             assert (mine / TENSORS_FILE).exists()
             joined.load(stored)
     assert list((root / "tmp").iterdir()) == []
+
+
+def test_a_put_that_is_killed_is_done_or_not_begun_and_the_living_go_on(tmp_path: Path) -> None:
+    """One process is killed before each of its changes of the file system; another, which lives on, is asked after each."""
+    uploads = [upload(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    with share(tmp_path / "s") as living, killer(tmp_path / "s", uploads, is_shared=True) as worker:
+        new = living.put("a", uploads[1]).version
+        old = living.put("a", uploads[0]).version
+        seen: list[str] = []
+        for nth in range(1, 1000):
+            worker.order(str(nth))
+            acknowledged = False
+            while (heard := worker.heard())[0] != "end":
+                acknowledged = acknowledged or heard == ("ack", new)
+            living.refresh()
+            seen.append(living.get("a").version)
+            living.load(living.get("a"))
+            assert living.broken == {}
+            assert seen[-1] == new or (seen[-1] == old and not acknowledged)
+            assert living.put("a", uploads[0]).version == old
+            if int(heard[1]) != signal.SIGKILL:
+                break
+        assert (seen.count(old) > 5, seen[-1], seen) == (True, new, sorted(seen, key=[old, new].index))
+        with share(tmp_path / "s"):  # whoever joins clears what the killed left
+            assert [path.name for path in (tmp_path / "s" / "versions").iterdir()] == [old]
+            assert len(list((tmp_path / "s" / "tmp").iterdir())) == 2
+
+
+def test_several_change_a_store_at_once_and_agree_in_the_end(tmp_path: Path) -> None:
+    sources = [upload(tmp_path / str(seed), seed=seed) for seed in range(4)]
+    failures: list[BaseException] = []
+
+    def work(store: AdapterStore, seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(25):
+            name = rng.choice("abc")
+            store.refresh()
+            try:
+                match rng.randrange(4):
+                    case 0:
+                        store.delete(name)
+                    case 1:
+                        store.load(store.get(name))
+                    case _:
+                        store.put(name, rng.choice(sources))
+            except (AdapterBusy, AdapterNotFound):
+                continue
+            except BaseException as error:
+                failures.append(error)
+
+    with ExitStack() as stack:
+        stores = [stack.enter_context(share(tmp_path / "s")) for _ in range(3)]
+        threads = [threading.Thread(target=work, args=(store, seed)) for seed, store in enumerate(stores * 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        for store in stores:
+            store.refresh()
+            assert store.list() == stores[0].list()
+        for stored in stores[0].list():
+            stores[0].load(stored)
+        versions = {path.name for path in (tmp_path / "s" / "versions").iterdir()}
+        assert versions == {stored.version for stored in stores[0].list()}
