@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.checkpoint import TENSORS_FILE
+from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE
 from adapters.errors import AdapterBusy, AdapterError, AdapterNotFound, InvalidAdapter, StoreFull
 from adapters.store.store import AdapterStore
 from tests.test_store import ROOT, killer, upload
@@ -121,6 +121,19 @@ def test_damage_is_seen_and_mended_by_all(pair: tuple[AdapterStore, AdapterStore
     other.refresh()
     assert other.broken == {}
     other.load(other.get("a"))
+
+
+def test_what_could_not_be_read_for_a_moment_is_read_again(pair: tuple[AdapterStore, AdapterStore], tmp_path: Path) -> None:
+    """As a network's file system may have it."""
+    one, other = pair
+    stored = one.put("a", upload(tmp_path / "u"), owner="alice")
+    config = tmp_path / "s" / "versions" / stored.version / CONFIG_FILE
+    config.rename(tmp_path / "away")
+    other.refresh()
+    assert (list(other.broken), other.broken_owner("a")) == (["a"], "alice")
+    (tmp_path / "away").rename(config)
+    other.refresh()
+    assert (other.get("a"), other.broken) == (stored, {})
 
 
 def test_a_folder_has_one_owner_or_many_that_share_it(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class AdapterStore:
         self._held.enter_context(sharing.lock_folder(root, is_shared=is_shared))
         self._guard = threading.RLock()  # of what follows
         self._stamps: Mapping[str, sharing.Stamp] = {}
-        """Of the name files as they were read last; replaced whole, never changed."""
+        """Of the name files as they were read last, without the broken ones; replaced whole, never changed."""
         self._adapters: dict[str, StoredAdapter] = {}
         self._broken: dict[str, InvalidAdapter] = {}
         self._broken_owners: dict[str, str] = {}
@@ -337,7 +337,7 @@ class AdapterStore:
         return self._names / f"{name}.json"
 
     def _take_in(self) -> None:
-        """Read the names that changed since they were read last."""
+        """Read the names that changed since they were read last, and those that could not be read then."""
         now = sharing.stamps(self._names)
         for name in {*now, *self._stamps}:
             if now.get(name) != self._stamps.get(name):
@@ -345,7 +345,7 @@ class AdapterStore:
                 self._forget_broken(name)
                 if name in now:
                     self._read(name)
-        self._stamps = now
+        self._stamps = {name: stamp for name, stamp in now.items() if name not in self._broken}
 
     def _read(self, name: str) -> None:
         """Read what a name leads to."""

@@ -56,9 +56,12 @@ class Services:
         """Adapters loaded and not draining."""
         return self.registry.is_loaded and not self.draining.is_set()
 
-    async def find_adapter(self, name: str | None) -> None:
-        """Before a name is said to be unknown: another server may have put it a moment ago."""
-        if self.following is not None and name is not None and not self.registry.holds(name):
+    async def find_adapter(self, name: str | None, viewer: str) -> None:
+        """Before a name is said to be unknown to a caller: another server may have put it a moment ago.
+
+        What is another's private adapter takes as long as what there is not.
+        """
+        if self.following is not None and name is not None and not self.registry.knows(name, viewer):
             await self.following.look()
 
     def check_alive(self) -> None:

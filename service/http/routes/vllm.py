@@ -63,7 +63,7 @@ class UnloadRequest(Body):
 async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: TheCaller) -> PlainTextResponse:
     """Copy an adapter from a folder of the server's own disk into its store, and serve it. Off unless lora_load_dir is set."""
     services.check_accepting()
-    await services.find_adapter(body.lora_name)
+    await services.find_adapter(body.lora_name, caller.name)
     registry, settings, name = services.registry, services.settings, body.lora_name
     with registry.writing(name, caller), registry.new_upload() as folder:
         if not body.load_inplace and registry.holds(name):
