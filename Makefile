@@ -26,7 +26,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help setup serve test test-slow test-triton test-gpu docker-test check lint types format demo-model paper bench bench-http bench-overhead soak slo lock clean
+.PHONY: help setup serve test test-slow test-triton test-gpu test-ray docker-test check lint types format demo-model paper bench bench-http bench-overhead soak slo lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ test: $(READY) ## Run the whole test suite, apart from what is marked slow or gp
 	$(PYTEST) -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(READY) ## Run the tests that take minutes
-	$(PYTEST) -m "slow and not gpu and not docker" --timeout 1800 $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not docker and not ray" --timeout 1800 $(ARGS)
 
 test-triton: $(READY) ## Run the GPU's kernels in Triton's interpreter, which needs no GPU (installs triton, a gigabyte)
 	@$(BIN)/python -c "import triton" 2>/dev/null || \
@@ -54,6 +54,11 @@ test-triton: $(READY) ## Run the GPU's kernels in Triton's interpreter, which ne
 
 test-gpu: $(READY) ## Run the tests that need a CUDA device
 	TRITON_INTERPRET=0 $(PYTEST) -m gpu --timeout 1800 $(ARGS)
+
+test-ray: $(READY) ## Run two replicas on a small Ray cluster on this machine (installs ray, a third of a gigabyte)
+	@$(BIN)/python -c "import ray.serve" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[ray]"
+	$(PYTEST) -m ray --timeout 300 $(ARGS) tests/cluster
 
 docker-test: $(READY) ## Build the image, run it and its Prometheus with podman (Debian: podman buildah runc prometheus mmdebstrap ..)
 	$(PYTEST) -m docker --timeout 3000 $(ARGS) tests/containers

@@ -28,8 +28,8 @@ UV = "uv==0.13.9"  # only fetched where pip does not find a CPU build of torch
 BUILD_BACKEND = ("hatchling", "editables")
 
 LOCK_HEADER = """\
-# Every package of the environment, at the version that is tested. Made by `make lock`; torch is raised here by hand,
-# without a local label such as +cpu, because .ci/setup_env.py picks the build.
+# Every package of the environment and of the extra `ray`, at the version that is tested. Made by `make lock`; torch is
+# raised here by hand, without a local label such as +cpu, because .ci/setup_env.py picks the build.
 """
 
 
@@ -144,7 +144,7 @@ def lock() -> None:
     """Write what pip would choose for this project today to constraints.txt, without changing .venv."""
     torch = f"torch=={pinned('torch')}"
     command = (VENV_PYTHON, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-")
-    wanted = (torch, *BUILD_BACKEND, f"{ROOT}[dev]")
+    wanted = (torch, *BUILD_BACKEND, f"{ROOT}[dev,ray]")
     report = json.loads(subprocess.run([*command, *wanted], check=True, stdout=subprocess.PIPE).stdout)
     chosen = (entry["metadata"] for entry in report["install"])
     found = {re.sub(r"[-_.]+", "-", package["name"]).lower(): package["version"] for package in chosen}

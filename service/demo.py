@@ -1,12 +1,12 @@
 """Puts the adapters shipped with the demo model into the store, once each."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from adapters.demo import ARTIFACTS
 from adapters.errors import InvalidAdapter
 from adapters.json_file import read_json
+from adapters.store.files import replace_json
 from adapters.store.store import AdapterStore
 from service.log import entry, logger
 
@@ -48,9 +48,8 @@ def preload(store: AdapterStore, store_folder: Path, folders: tuple[Path, ...]) 
         logger.info(entry("demo adapter stored", adapter=name))
         count += 1
     if count:
-        fresh = record_file.with_suffix(".new")
-        fresh.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        fresh.replace(record_file)
+        with store.new_upload() as scratch:
+            replace_json(record_file, record, scratch)  # perhaps while another server that shares the store does the same
     return count
 
 

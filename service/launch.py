@@ -3,10 +3,12 @@
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from fastapi import FastAPI
 from transformers.utils import logging as transformers_logging
 
 from adapters.limits import CheckpointLimits
@@ -20,6 +22,7 @@ from service.engine.options import EngineOptions
 from service.http import server
 from service.http.app import create_app
 from service.http.metrics import Metrics
+from service.http.scrapes import Scrapes
 from service.http.tenants import Tenants
 from service.http.tracing import Tracing
 from service.rank.auto_rank import AutoRank
@@ -29,7 +32,19 @@ EngineFactory = Callable[[Settings, EngineObserver], EngineProtocol]
 
 
 def serve(settings: Settings, make_engine: EngineFactory) -> int:
-    """Load the model, open the store, serve until a signal; the exit status.
+    """Serve until a signal; the exit status. Raises what `application` raises."""
+    with application(settings, make_engine) as app:
+        return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
+
+
+@contextmanager
+def application(settings: Settings, make_engine: EngineFactory, scrapes: Scrapes | None = None) -> Iterator[FastAPI]:
+    """Load the model, open the store and put an application together, whose lifespan has not begun; all closed at the end.
+
+    Args:
+        settings: of this server.
+        make_engine: makes the engine.
+        scrapes: as `create_app` has it.
 
     Raises:
         ModelRefused: the model can't be served.
@@ -54,9 +69,8 @@ def serve(settings: Settings, make_engine: EngineFactory) -> int:
         log.logger.info(log.entry("model loaded", parameters=model.parameters, device=model.device, dtype=model.dtype))
         if settings.demo_adapters and settings.model == DEMO_MODEL:
             demo.preload(store, settings.adapters_dir, demo.demo_adapter_folders())
-        app = create_app(settings, engine, store, metrics, tenants, tracing, auto_rank)
         try:
-            return server.run(app, host=settings.host, port=settings.port, drain_timeout_s=settings.drain_timeout_s)
+            yield create_app(settings, engine, store, metrics, tenants, tracing, auto_rank, scrapes)
         finally:
             engine.stop()
             if tracing is not None:
@@ -71,6 +85,7 @@ def _open_store(settings: Settings) -> AdapterStore:
             max_adapters=settings.max_adapters,
             max_total_bytes=settings.max_store_bytes,
             limits=limits,
+            is_shared=settings.adapters_shared,
         )
     except OSError as error:
         raise SettingsError(f"adapters_dir ({variable('adapters_dir')}): {error}") from None

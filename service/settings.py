@@ -92,6 +92,7 @@ class Settings(BaseSettings):
         default_factory=lambda data: _default_store(data.get("model", DEMO_MODEL)),
         description="folder of the adapter store, created if absent; unset: one for each model in the user's data folder",
     )
+    adapters_shared: bool = Field(False, description="other servers have the same adapters_dir: serve what they put there")
     demo_adapters: bool = Field(True, description="put the demo's adapters into an empty store (demo model only)")
     lora_load_dir: Path | None = Field(None, description="folder that /v1/load_lora_adapter may load from; unset: it refuses")
     max_adapter_bytes: Bytes = Field(ByteSize(512 * MIB), description="largest adapter that may be uploaded")

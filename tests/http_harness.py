@@ -98,6 +98,7 @@ def parts(
         max_adapters=configured.max_adapters,
         max_total_bytes=configured.max_store_bytes,
         limits=limits,
+        is_shared=configured.adapters_shared,
     ) as store:
         for name, each in ({"demo": adapter()} if stored is None else stored).items():
             store.put(name, folder_of(each, root / "made" / name))

@@ -1,6 +1,6 @@
 """A process that puts adapters into a store until it is killed; started once, it forks the victims.
 
-    python -m tests.store_worker ROOT UPLOAD UPLOAD
+    python -m tests.store_worker ROOT UPLOAD UPLOAD [--shared]
 
 Reads one line per victim from standard input: `loop` puts the two uploads in turn for ever; a number N makes the victim kill
 itself just before its Nth change of the file system in one `put` of the second upload. Each victim's pid is written to standard
@@ -41,8 +41,8 @@ def _die_before(nth: int) -> None:
     sys.setprofile(on_event)
 
 
-def _victim(order: str, root: Path, uploads: list[Path]) -> None:
-    with AdapterStore(root, max_adapters=4, max_total_bytes=1 << 30) as store:
+def _victim(order: str, root: Path, uploads: list[Path], is_shared: bool) -> None:
+    with AdapterStore(root, max_adapters=4, max_total_bytes=1 << 30, is_shared=is_shared) as store:
         if order == "loop":
             _say("open")
             for upload in itertools.cycle(uploads):
@@ -53,12 +53,12 @@ def _victim(order: str, root: Path, uploads: list[Path]) -> None:
 
 def main() -> None:
     """Fork one victim for each line of standard input, and wait for it."""
-    root, *uploads = map(Path, sys.argv[1:])
+    root, *uploads = (Path(each) for each in sys.argv[1:] if each != "--shared")
     _say("ready")
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            _victim(line.strip(), root, uploads)
+            _victim(line.strip(), root, uploads, "--shared" in sys.argv)
             os._exit(0)
         _say(f"pid {pid}")
         _say(f"end {os.waitpid(pid, 0)[1]}")

@@ -31,9 +31,9 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     ("on a GPU", "service.engine.cuda", "paged_attention graphs backend"),
     ("engine", "service.engine", "backend_choice options observers readiness engine"),
     ("latency", "service.latency", "sweep cache start"),
-    ("around the engine", "service.http", "error_table metrics limits tenants shadow tracing latencies"),
+    ("around the engine", "service.http", "error_table metrics scrapes limits tenants shadow tracing latencies"),
     ("a request's events", "service.http.generation", "stream tracking measurement"),
-    ("adapters held", "service.http.adapters", "served_adapter registry load_folder uploads calibration"),
+    ("adapters held", "service.http.adapters", "served_adapter registry following load_folder uploads calibration"),
     ("what all share", "service.http", "services not_served schemas"),
     ("adapters changed", "service.http.adapters", "changes schemas"),
     ("a request", "service.http.generation", "selection arrival fan_out token_limits choice submit served"),
@@ -42,21 +42,22 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
     (
         "asgi",
         "service.http.asgi",
-        "validation_text refusals auth middleware request_log request_spans disconnect connection",
+        "validation_text refusals auth middleware request_log request_spans disconnect connection replica",
     ),
     ("routes", "service.http.routes", "common answering adapters quality ops pages generate openai vllm"),
     ("app", "service.http", "app server"),
-    ("commands", "service", "allocator demo launch keys_command cli"),
+    ("commands", "service", "allocator demo launch keys_command cli cluster"),
 )
 """Lowest first. A module imports only from lower layers, or from modules that stand before it in its own."""
 
 MAY_IMPORT = {
-    "fastapi": ("service.http.app", "service.http.routes.*", "service.http.server", "service.cli"),
+    "fastapi": ("service.http.app", "service.http.routes.*", "service.http.server", "service.launch", "service.cli"),
     "starlette": (
         "service.http.asgi.auth",
         "service.http.asgi.connection",
         "service.http.asgi.middleware",
         "service.http.asgi.refusals",
+        "service.http.asgi.replica",
         "service.http.asgi.request_log",
         "service.http.asgi.request_spans",
         "service.http.asgi.disconnect",
@@ -67,6 +68,7 @@ MAY_IMPORT = {
     ),
     "opentelemetry": ("service.http.tracing",),
     "uvicorn": ("service.http.asgi.connection", "service.http.server", "service.cli"),
+    "ray": ("service.cluster",),
     "triton": ("service.engine.cuda.*",),
     "peft": ("adapters.training.*", "adapters.evaluation.*", "adapters.paper.*", "adapters.demo.*"),
     "tests": (),

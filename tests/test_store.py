@@ -391,8 +391,8 @@ class Killer:
 
 
 @contextmanager
-def killer(root: Path, uploads: list[Path]) -> Iterator[Killer]:
-    command = [sys.executable, "-m", "tests.store_worker", str(root), *map(str, uploads)]
+def killer(root: Path, uploads: list[Path], *, is_shared: bool = False) -> Iterator[Killer]:
+    command = [sys.executable, "-m", "tests.store_worker", str(root), *map(str, uploads), *["--shared"] * is_shared]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -1,6 +1,5 @@
 """The store's dealings with the file system: durable writes, atomic replacement, content digests."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -8,25 +7,9 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from adapters.errors import AdapterError
 from adapters.store.archive import ADAPTER_FILES
-
-
-def lock_folder(root: Path) -> BinaryIO:
-    """Own a folder until the returned file is closed or the process ends, however it ends.
-
-    Raises:
-        AdapterError: another store, in this process or another, owns it.
-    """
-    file = (root / "lock").open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise AdapterError(f"the adapter store {root} is in use by another process") from error
-    return file
 
 
 def digest_folder(folder: Path) -> str:
@@ -97,10 +80,15 @@ def discard_folder(folder: Path, scratch: Path) -> None:
 def clear_folder(folder: Path) -> None:
     """Remove everything inside a folder."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove_anything(path)
+
+
+def remove_anything(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

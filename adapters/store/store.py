@@ -1,10 +1,12 @@
 """AdapterStore: adapters by name, each an immutable version named by the digest of its content.
 
     root/
-    ├── lock                    held by the one process that owns the store
+    ├── lock                    held by the one process that owns the store, or by all that share it
+    ├── turn                    held by whoever changes a name or removes a version, for as long as that takes
     ├── versions/<digest>/      adapter_config.json, adapter_model.safetensors, perhaps quality.json; never changed
     ├── names/<name>.json       {"version": digest, "created": UTC time}, perhaps "owner"; replaced atomically
-    └── tmp/<random>/           uploads and versions on their way in or out; emptied at start
+    └── tmp/<random>/           uploads and versions on their way in or out; emptied at start. Those who share a store have
+                                a folder each there, which whoever opens the store next removes if they were killed
 
 A version is durable before its name points to it, and leaves after no name does. So whatever moment the process is killed
 at, each name leads to its old version or to its new one, whole.
@@ -14,8 +16,8 @@ import errno
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +31,7 @@ from adapters.config import AdapterKind
 from adapters.errors import AdapterBusy, AdapterNotFound, InvalidAdapter, InvalidName, StoreFull
 from adapters.limits import CheckpointLimits
 from adapters.nesting import renest as renest_adapter
-from adapters.store import files
+from adapters.store import files, sharing
 from adapters.store.stored import (
     LEGAL_NAMES,
     NameRecord,
@@ -49,19 +51,31 @@ _NO_LIMITS = CheckpointLimits(
 
 
 class AdapterStore:
-    """Adapters on disk, owned by one process and safe to share between its threads.
+    """Adapters on disk, of one process or of several that share them, and safe to share between threads.
+
+    It knows the folder as it was at the last `refresh` or change of its own.
 
     Args:
         root: the store's folder; made if absent.
         max_adapters: limit on the number of names.
         max_total_bytes: limit on the stored files' bytes, each version counted once.
         limits: bounds on each upload.
+        is_shared: other processes, perhaps of other machines, may open the folder as well, if they share it too.
 
     Raises:
-        AdapterError: another process owns the folder.
+        AdapterError: another process owns the folder, or shares it and this one would not.
+        OSError: the folder can't be used, or has no locks.
     """
 
-    def __init__(self, root: Path, *, max_adapters: int, max_total_bytes: int, limits: CheckpointLimits | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_adapters: int,
+        max_total_bytes: int,
+        limits: CheckpointLimits | None = None,
+        is_shared: bool = False,
+    ) -> None:
         self._max_adapters = max_adapters
         self._max_total_bytes = max_total_bytes
         self._limits = limits or CheckpointLimits()
@@ -69,16 +83,21 @@ class AdapterStore:
         self._versions, self._names, self._tmp = root / "versions", root / "names", root / "tmp"
         for folder in (self._versions, self._names, self._tmp):
             folder.mkdir(parents=True, exist_ok=True)
-        self._owned = files.lock_folder(root)
+        self._held = ExitStack()
+        self._held.enter_context(sharing.lock_folder(root, is_shared=is_shared))
         self._guard = threading.RLock()  # of what follows
+        self._stamps: Mapping[str, sharing.Stamp] = {}
+        """Of the name files as they were read last, without the broken ones; replaced whole, never changed."""
         self._adapters: dict[str, StoredAdapter] = {}
         self._broken: dict[str, InvalidAdapter] = {}
         self._broken_owners: dict[str, str] = {}
         self._busy: set[str] = set()
         try:
-            self._recover()
+            with self._changing():
+                self._scratch = self._cleared_scratch(is_shared)
+                self._remove_orphans()
         except BaseException:
-            self._owned.close()
+            self._held.close()
             raise
 
     def __enter__(self) -> Self:
@@ -89,7 +108,7 @@ class AdapterStore:
 
     def close(self) -> None:
         """Give the folder up for another process to own."""
-        self._owned.close()
+        self._held.close()
 
     @property
     def limits(self) -> CheckpointLimits:
@@ -109,7 +128,7 @@ class AdapterStore:
 
     @property
     def broken(self) -> dict[str, InvalidAdapter]:
-        """Names whose files could not be read when the store was opened, with the reason. They can be put and deleted."""
+        """Names whose files could not be read, with the reason. They can be put and deleted."""
         with self._guard:
             return dict(self._broken)
 
@@ -117,6 +136,16 @@ class AdapterStore:
         """Whose a damaged adapter is; None for a shared one, and where the damage is in the record of that."""
         with self._guard:
             return self._broken_owners.get(name)
+
+    def refresh(self) -> None:
+        """Take in what other processes have put and deleted; one look at a folder if that is nothing.
+
+        Raises:
+            OSError: the folder can't be read.
+        """
+        if sharing.stamps(self._names) != self._stamps:
+            with self._changing():
+                pass  # it takes in what changed, in nobody's midst
 
     def get(self, name: str) -> StoredAdapter:
         """The current version of a name.
@@ -156,7 +185,7 @@ class AdapterStore:
         Raises:
             StoreFull: the disk is, also by what the block writes.
         """
-        folder = self._tmp / uuid.uuid4().hex
+        folder = self._scratch / uuid.uuid4().hex
         with _disk_full_as_store_full():
             folder.mkdir()
             try:
@@ -188,12 +217,12 @@ class AdapterStore:
 
         Raises:
             InvalidName: the name is not legal.
-            AdapterBusy: another upload of this name is under way.
+            AdapterBusy: another upload of this name is under way, or another process changed the name since the last refresh.
             InvalidAdapter, AdapterTooLarge: see `read_peft`.
             StoreFull: a limit of the store, or the disk, is reached.
         """
         check_name(name)
-        with self._writing(name):
+        with self._writing(name) as before:
             self._check_count(name)
             adapter = read_peft(folder, limits=self._limits)
             if renest and adapter.config.kind is AdapterKind.LORA:
@@ -205,35 +234,51 @@ class AdapterStore:
                 files.sync_folder(staging)
                 if check is not None:
                     check(stored, adapter)
-                return self._commit(stored, staging)
+                return self._commit(stored, staging, before)
 
     def delete(self, name: str) -> None:
         """Forget a name, and remove its version unless another name has the same.
 
         Raises:
             AdapterNotFound: there is no such name.
-            AdapterBusy: an upload of this name is under way.
+            AdapterBusy: an upload of this name is under way, or another process changed the name since the last refresh.
         """
-        with self._writing(name), self._guard:
+        with self._writing(name) as before, self._changing():
+            self._check_unchanged(name, before)
             if name not in self._adapters and name not in self._broken:
                 raise AdapterNotFound(name)
             stored = self._adapters.pop(name, None)
             self._forget_broken(name)
             files.remove_file(self._name_file(name))
+            self._stamps = {each: stamp for each, stamp in self._stamps.items() if each != name}
             if stored is not None:
                 self._discard_unless_used(stored.version)
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def _writing(self, name: str) -> Iterator[sharing.Stamp | None]:
+        """Claim a name in this process; gives what was there."""
         with self._guard:
             if name in self._busy:
                 raise AdapterBusy(name)
             self._busy.add(name)
+            before = self._stamps.get(name)
         try:
-            yield
+            yield before
         finally:
             with self._guard:
                 self._busy.discard(name)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Let no thread and no process change anything meanwhile, and know what was changed before."""
+        with self._guard, sharing.turn(self._root):
+            self._take_in()
+            yield
+
+    def _check_unchanged(self, name: str, before: sharing.Stamp | None) -> None:
+        """Whoever changes a name must have known what it led to: it may have been replaced by its new owner's."""
+        if self._stamps.get(name) != before:
+            raise AdapterBusy(name)
 
     def _check_count(self, name: str) -> None:
         with self._guard:
@@ -241,22 +286,24 @@ class AdapterStore:
             if len(names) > self._max_adapters:
                 raise StoreFull(f"the store holds {len(names) - 1} adapters, the limit is {self._max_adapters}")
 
-    def _commit(self, stored: StoredAdapter, staging: Path) -> StoredAdapter:
+    def _commit(self, stored: StoredAdapter, staging: Path, before: sharing.Stamp | None) -> StoredAdapter:
         """Move a durable version in and point its name to it."""
-        with self._guard:
+        with self._changing():
             old = self._adapters.get(stored.name)
             is_same = old is not None and (old.version, old.owner) == (stored.version, stored.owner)
             if old is not None and is_same and self._is_whole(stored.version):
                 return old
+            self._check_unchanged(stored.name, before)
             self._check_count(stored.name)
             self._check_bytes(stored)
             target = self._versions / stored.version
             if target.exists() and not self._is_whole(stored.version):
-                files.discard_folder(target, self._tmp)
+                files.discard_folder(target, self._scratch)
             if not target.exists():
                 files.move_folder(staging, target)
             record = NameRecord(stored.version, stored.created, stored.owner)
-            files.replace_json(self._name_file(stored.name), record.to_json(), self._tmp)
+            files.replace_json(self._name_file(stored.name), record.to_json(), self._scratch)
+            self._stamps = {**self._stamps, stored.name: sharing.stamp(self._name_file(stored.name))}
             self._adapters[stored.name] = stored
             self._forget_broken(stored.name)
             if old is not None:
@@ -283,35 +330,54 @@ class AdapterStore:
     def _discard_unless_used(self, version: str) -> None:
         folder = self._versions / version
         if folder.is_dir() and all(stored.version != version for stored in self._adapters.values()):
-            files.discard_folder(folder, self._tmp)
+            files.discard_folder(folder, self._scratch)
 
     def _name_file(self, name: str) -> Path:
         check_name(name)  # no path is ever built from a name that was not
         return self._names / f"{name}.json"
 
-    def _recover(self) -> None:
-        """Read every name, and remove what a killed process left behind."""
-        files.clear_folder(self._tmp)
-        used: set[str] = set()
-        for path in sorted(self._names.glob("*.json")):
-            name = path.stem
-            try:
-                check_name(name)
-                record = read_name_file(path)
-                used.add(record.version)
-                if record.owner is not None:
-                    self._broken_owners[name] = record.owner  # until its files have been read
-                self._adapters[name] = self._describe(name, self._versions / record.version, record)
-                self._broken_owners.pop(name, None)
-            except InvalidName:
-                continue  # not ours
-            except InvalidAdapter as error:
-                self._broken[name] = error
+    def _take_in(self) -> None:
+        """Read the names that changed since they were read last, and those that could not be read then."""
+        now = sharing.stamps(self._names)
+        for name in {*now, *self._stamps}:
+            if now.get(name) != self._stamps.get(name):
+                self._adapters.pop(name, None)
+                self._forget_broken(name)
+                if name in now:
+                    self._read(name)
+        self._stamps = {name: stamp for name, stamp in now.items() if name not in self._broken}
+
+    def _read(self, name: str) -> None:
+        """Read what a name leads to."""
+        try:
+            record = read_name_file(self._name_file(name))
+            if record.owner is not None:
+                self._broken_owners[name] = record.owner  # until its files have been read
+            self._adapters[name] = self._describe(name, self._versions / record.version, record)
+            self._broken_owners.pop(name, None)
+        except InvalidName:
+            return  # not ours
+        except InvalidAdapter as error:
+            self._broken[name] = error
+
+    def _cleared_scratch(self, is_shared: bool) -> Path:
+        """A folder for what is on its way, without what killed processes left."""
+        if not is_shared:
+            files.clear_folder(self._tmp)
+            return self._tmp
+        scratch, claim = sharing.claim_scratch(self._tmp)
+        self._held.enter_context(claim)
+        self._held.callback(shutil.rmtree, scratch, ignore_errors=True)
+        return scratch
+
+    def _remove_orphans(self) -> None:
+        """Remove the versions that no name leads to: a process was killed before it could."""
         if self._broken:
-            return  # a damaged name file may be the only pointer to a version: remove nothing
+            return  # a damaged name file may be the only pointer to a version
+        used = {stored.version for stored in self._adapters.values()}
         for folder in self._versions.iterdir():
             if is_digest(folder.name) and folder.name not in used:
-                files.discard_folder(folder, self._tmp)
+                files.discard_folder(folder, self._scratch)
 
     def _describe(self, name: str, folder: Path, record: NameRecord) -> StoredAdapter:
         """What is known of a stored folder without reading its tensors."""

@@ -16,6 +16,7 @@ from adapters.store.store import AdapterStore
 from service.core import EngineProtocol
 from service.errors import InvalidRequest, ServiceError
 from service.http.adapters.calibration import Calibrations
+from service.http.adapters.following import Following
 from service.http.adapters.registry import AdapterRegistry
 from service.http.adapters.served_adapter import ServedAdapter
 from service.http.asgi.auth import Authentication
@@ -25,8 +26,10 @@ from service.http.asgi.request_log import RequestLog
 from service.http.asgi.request_spans import RequestSpans
 from service.http.asgi.validation_text import describe, first_field, known_fields
 from service.http.error_table import BUG, CLIENT_GONE, ERROR_TABLE, kind_of_status
+from service.http.latencies import Latencies
 from service.http.metrics import Metrics
 from service.http.routes import adapters, generate, openai, ops, pages, quality, vllm
+from service.http.scrapes import Scrapes
 from service.http.services import Services
 from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
@@ -46,15 +49,17 @@ def create_app(
     tenants: Tenants | None = None,
     tracing: Tracing | None = None,
     auto_rank: AutoRank | None = None,
+    scrapes: Scrapes | None = None,
 ) -> FastAPI:
     """Make the application. Its lifespan starts and stops the engine; who opened the store closes it.
 
     Args:
         engine: made, not started, with `metrics` and `auto_rank` as its observers.
-        store: open, of this process alone.
+        store: open; shared if the settings say so.
         tenants: those of the settings, unless given.
         tracing: makes a trace of each request; who made it closes it.
         auto_rank: chooses by latency; a new one, which predicts nothing unless the engine tells it, if not given.
+        scrapes: tells Prometheus of other servers as well, where one route leads to them all.
 
     Raises:
         SettingsError: the API keys can't be read.
@@ -64,7 +69,21 @@ def create_app(
     auto_rank = auto_rank or AutoRank.of(settings)
     shadow = ShadowScorer(engine, metrics, settings.shadow_share)
     calibrations = Calibrations(engine, registry)
-    services = Services(settings, engine, registry, metrics, settings.policy_book(), tenants, auto_rank, shadow, calibrations)
+    latencies = Latencies()
+    services = Services(
+        settings,
+        engine,
+        registry,
+        metrics,
+        settings.policy_book(),
+        tenants,
+        auto_rank,
+        shadow,
+        calibrations,
+        latencies,
+        Following(registry, latencies.forget) if settings.adapters_shared else None,
+        scrapes,
+    )
     metrics.watch(engine.stats, registry.counts)
     app = FastAPI(
         title="dylora-serve",
@@ -101,10 +120,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services.engine.start()
     # In the background, so that /health and /ready answer meanwhile and the base model serves at once.
     loading = asyncio.create_task(asyncio.to_thread(_load, services))
+    following = asyncio.create_task(services.following.run()) if services.following is not None else None
     try:
         yield
     finally:
         services.draining.set()
+        if following is not None:
+            following.cancel()
+            await asyncio.wait([following])
         await services.calibrations.stop()
         await asyncio.to_thread(services.engine.stop)
         await loading

@@ -8,10 +8,12 @@ from threading import Event
 from service.core import EngineProtocol
 from service.errors import Draining, EngineDown
 from service.http.adapters.calibration import Calibrations
+from service.http.adapters.following import Following
 from service.http.adapters.registry import AdapterRegistry
 from service.http.latencies import Latencies
 from service.http.limits import DrainRate
 from service.http.metrics import Metrics
+from service.http.scrapes import Scrapes
 from service.http.shadow import ShadowScorer
 from service.http.tenants import Tenants
 from service.rank.auto_rank import AutoRank
@@ -35,7 +37,11 @@ class Services:
     auto_rank: AutoRank
     shadow: ShadowScorer
     calibrations: Calibrations
-    latencies: Latencies = field(default_factory=Latencies)
+    latencies: Latencies
+    following: Following | None = None
+    """Of a server whose store others change as well."""
+    scrapes: Scrapes | None = None
+    """Of a server that is one of several behind one address."""
     drain_rate: DrainRate = field(default_factory=DrainRate)
     """How fast generations end, for Retry-After."""
     exports: Semaphore = field(default_factory=lambda: Semaphore(MAX_EXPORTS))
@@ -49,6 +55,14 @@ class Services:
     def is_ready(self) -> bool:
         """Adapters loaded and not draining."""
         return self.registry.is_loaded and not self.draining.is_set()
+
+    async def find_adapter(self, name: str | None, viewer: str) -> None:
+        """Before a name is said to be unknown to a caller: another server may have put it a moment ago.
+
+        What is another's private adapter takes as long as what there is not.
+        """
+        if self.following is not None and name is not None and not self.registry.knows(name, viewer):
+            await self.following.look()
 
     def check_alive(self) -> None:
         """Raise EngineDown once the engine has failed."""

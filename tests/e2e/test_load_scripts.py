@@ -47,6 +47,17 @@ def test_the_overhead_of_http() -> None:
     ]
 
 
+def test_the_cost_of_a_proxy(server: ServerProcess) -> None:
+    """Of none: the server stands for both."""
+    command = [sys.executable, "-m", "loadtests.proxy_cost", "--direct", str(server.port), "--proxied", str(server.port)]
+    sizes = ["--streams", "2", "--tokens", "4", "--rounds", "1", "--requests", "2"]
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True, timeout=100)
+    points = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(point["point"], point["by"]) for point in points] == [
+        (name, by) for name in ("requests", "streams") for by in ("direct", "proxied")
+    ]
+
+
 def test_the_slo_experiment_and_its_report(tmp_path: Path) -> None:
     policies = ["fixed 16", "fixed 4", "elastic"]
     scenario = ":".join(["gamma:10", *policies])

@@ -215,7 +215,7 @@ class Calibrations:
         with self._registry.writing(job.adapter, job.caller):
             job.is_being_kept = True
             self._choice(job, job.ranks[0])
-            await to_thread.run_sync(self._registry.set_quality, job.adapter, job.profile)
+            await to_thread.run_sync(self._registry.set_quality, job.adapter, job.version, job.profile)
 
 
 def _measured(end: Finished, text: MeasuredText) -> Iterator[float]:

@@ -11,13 +11,13 @@ from service.keys import ApiKey
 
 
 async def put_adapter(
-    services: Services, name: str, folder: Path, *, renest: bool = True, owner: str | None = None
+    services: Services, name: str, folder: Path, caller: ApiKey, *, renest: bool = True
 ) -> tuple[ServedAdapter, bool]:
     """Store and serve what lies in a folder; True beside it if the name is new. Call inside `AdapterRegistry.writing`.
 
     Raises what AdapterRegistry.put raises.
     """
-    put = partial(services.registry.put, name, folder, renest=renest, owner=owner)
+    put = partial(services.registry.put, name, folder, renest=renest, caller=caller)
     served, is_new = await to_thread.run_sync(put)
     services.latencies.forget(name)
     return served, is_new
@@ -31,6 +31,6 @@ async def delete_adapter(services: Services, name: str, caller: ApiKey) -> None:
     """
     services.check_accepting()
     with services.registry.writing(name, caller):
-        await to_thread.run_sync(services.registry.delete, name, caller.name)
+        await to_thread.run_sync(services.registry.delete, name, caller)
         services.latencies.forget(name)
     await services.calibrations.cancel_all_of(name)

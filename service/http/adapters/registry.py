@@ -3,8 +3,8 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from adapters.adapter import Adapter
 from adapters.checkpoint import write_peft
-from adapters.errors import AdapterBusy, AdapterError, InvalidName
+from adapters.errors import AdapterBusy, AdapterError, AdapterNotFound, InvalidAdapter, InvalidName
 from adapters.nesting import export_rank
 from adapters.quality import QualityProfile
 from adapters.store.archive import pack_zip
@@ -118,20 +118,28 @@ class AdapterRegistry:
             progress: told of each adapter, how many are done, and of how many.
             should_stop: asked before each; the rest is left where it is.
         """
-        with self._change:
-            for name, error in self._store.broken.items():
-                owner = self._store.broken_owner(name)
-                self._serve(ServedAdapter(name, None, AdapterState.UNFIT, RankFacts(()), str(error), owner))
-        stored = self._store.list()
-        for done, each in enumerate(stored, start=1):
+        names = self._differing()
+        for done, name in enumerate(names, start=1):
             if should_stop():
                 return
             with self._change:
-                served = self._load_stored(each)
-                self._serve(served)
-            if progress is not None:
-                progress(served, done, len(stored))
+                self._follow(name)
+            if progress is not None and (served := self._served.get(name)) is not None:
+                progress(served, done, len(names))
         self._is_loaded.set()
+
+    def catch_up(self) -> Sequence[str]:
+        """Serve what other servers of a shared store have put, and no more what they have deleted; the names of these.
+
+        Raises:
+            OSError: the store can't be read.
+        """
+        self._store.refresh()
+        names = self._differing()
+        for name in names:
+            with self._change:
+                self._follow(name)
+        return names
 
     @contextmanager
     def writing(self, name: str, caller: ApiKey = ANYONE) -> Iterator[None]:
@@ -175,18 +183,27 @@ class AdapterRegistry:
         if caller.private_uploads and served.owner is None:
             raise NameTaken(name)
 
-    def put(self, name: str, folder: Path, *, renest: bool = True, owner: str | None = None) -> tuple[ServedAdapter, bool]:
+    def put(self, name: str, folder: Path, *, renest: bool = True, caller: ApiKey = ANYONE) -> tuple[ServedAdapter, bool]:
         """Store and serve what lies in a folder; True beside it if the name is new. Call inside `writing`.
 
         The engine takes the adapter before the store commits: if either refuses, the old version stays in both.
 
         Args:
-            owner: whose it shall be where the name is new; a name that is there stays whose it is.
+            caller: perhaps its owner where the name is new; a name that is there stays whose it is.
 
         Raises:
             InvalidAdapter: it can't be read, or does not fit the base model.
             StoreFull, AdapterBusy: as AdapterStore.put.
+            UnknownAdapter, NameTaken: as `writing`, of what another server has put since.
         """
+        with self._change:
+            self._catch_up_with(name)
+            self.check_may_change(name, caller)
+            old = self._served.get(name)
+            owner = old.owner if old is not None else caller.name if caller.private_uploads else None
+            return self._put(name, folder, renest=renest, owner=owner), old is None
+
+    def _put(self, name: str, folder: Path, *, renest: bool, owner: str | None) -> ServedAdapter:
         taken: list[ServedAdapter] = []
         seconds = 0.0
 
@@ -197,50 +214,50 @@ class AdapterRegistry:
             seconds = time.perf_counter() - started_at
             taken.append(ServedAdapter.ready(stored, adapter, self._engine.model.parameters))
 
-        with self._change:
-            is_new = name not in self._served
-            owner = owner if is_new else self._served[name].owner
-            try:
-                stored = self._store.put(name, folder, renest=renest, owner=owner, check=take)
-            except BaseException:
-                for each in taken:
-                    self._unload_unless_named(each.version)
-                raise
-            served = replace(taken[-1], stored=stored)
-            self._serve(served)
-            self._observer.adapter_loaded(name, stored.quality, seconds)
-        return served, is_new
+        try:
+            stored = self._store.put(name, folder, renest=renest, owner=owner, check=take)
+        except BaseException:
+            for each in taken:
+                self._unload_unless_named(each.version)
+            raise
+        served = replace(taken[-1], stored=stored)
+        self._serve(served)
+        self._observer.adapter_loaded(name, stored.quality, seconds)
+        return served
 
     def holds(self, name: str) -> bool:
         """Whether there is an adapter of that name, fit or not. Call inside `writing`, which says if it is another's."""
         return name in self._served
 
-    def set_quality(self, name: str, profile: QualityProfile) -> ServedAdapter:
-        """Give an adapter another quality profile, which makes it a new version. Call inside `writing`.
+    def set_quality(self, name: str, version: str, profile: QualityProfile) -> ServedAdapter:
+        """Give a version another quality profile, which makes it a new one. Call inside `writing`.
 
         Raises:
-            AdapterUnfit: its files can't be read.
-            StoreFull: the store has no room for both versions.
+            AdapterNotFound: the name does not lead to that version any more.
+            StoreFull: the store has no room for both.
+            AdapterBusy: as AdapterStore.put.
         """
-        stored = self._served[name].stored
-        if stored is None:
-            raise AdapterUnfit(name, "its files can't be read")
-        with self._store.new_upload() as folder:
-            write_peft(replace(self._store.load(stored), quality=profile), folder)
-            return self.put(name, folder, renest=False)[0]
+        with self._change, self._store.new_upload() as folder:
+            self._catch_up_with(name)
+            served = self._served.get(name)
+            if served is None or served.stored is None or served.version != version:
+                raise AdapterNotFound(f"{name}@{version}")
+            write_peft(replace(self._store.load(served.stored), quality=profile), folder)
+            return self._put(name, folder, renest=False, owner=served.owner)
 
-    def delete(self, name: str, viewer: str = "") -> None:
+    def delete(self, name: str, caller: ApiKey = ANYONE) -> None:
         """Forget an adapter; requests in flight keep it until they end. Call inside `writing`.
 
         Raises:
             UnknownAdapter: there is none of that name.
+            NameTaken, AdapterBusy: as `writing`, of what another server has put since.
         """
         with self._change:
-            gone = self.get(name, viewer)
+            self._catch_up_with(name)
+            self.check_may_change(name, caller)
+            gone = self.get(name, caller.name)
             self._store.delete(name)
-            self._served = MappingProxyType({n: s for n, s in self._served.items() if n != name})
-            self._unload_unless_named(gone.version)
-            self._observer.adapter_deleted(name)
+            self._forget(gone)
 
     def new_upload(self) -> AbstractContextManager[Path]:
         """An empty folder for an upload or an export, removed at the end of the block."""
@@ -268,11 +285,45 @@ class AdapterRegistry:
             pack_zip(folder, target)
         return target, rank
 
+    # The store's adapters, served. Inside `_change`, but for the first.
+
+    def _differing(self) -> Sequence[str]:
+        """Names that are served otherwise than the store knows them."""
+        stored = {each.name: each for each in self._store.list()}
+        broken, served = self._store.broken, self._served
+        changed = {name for name, each in stored.items() if name not in served or served[name].stored is not each}
+        damaged = {name for name, error in broken.items() if name not in served or served[name].problem != str(error)}
+        return sorted(changed | damaged | (served.keys() - stored.keys() - broken.keys()))
+
+    def _catch_up_with(self, name: str) -> None:
+        self._store.refresh()
+        self._follow(name)
+
+    def _follow(self, name: str) -> None:
+        """Serve a name as the store knows it, or no more."""
+        served = self._served.get(name)
+        try:
+            stored = self._store.get(name)
+        except AdapterNotFound:
+            if served is not None:
+                self._forget(served)
+            return
+        except InvalidAdapter as error:
+            owner = self._store.broken_owner(name)
+            self._serve(ServedAdapter(name, None, AdapterState.UNFIT, RankFacts(()), str(error), owner))
+            return
+        if served is None or served.stored is not stored:
+            with suppress(AdapterNotFound):  # replaced or deleted since: the next look tells
+                self._serve(self._load_stored(stored))
+
     def _load_stored(self, stored: StoredAdapter) -> ServedAdapter:
+        """Raises AdapterNotFound if another server replaced or deleted it meanwhile."""
         started_at = time.perf_counter()
         try:
             adapter = self._store.load(stored)
             self._engine.load(stored.version, adapter)
+        except AdapterNotFound:
+            raise
         except AdapterError as error:
             facts = RankFacts(stored.config.ranks)
             return ServedAdapter(stored.name, stored, AdapterState.UNFIT, facts, str(error), stored.owner)
@@ -284,6 +335,11 @@ class AdapterRegistry:
         self._served = MappingProxyType({**self._served, served.name: served})
         if old is not None:
             self._unload_unless_named(old.version)
+
+    def _forget(self, served: ServedAdapter) -> None:
+        self._served = MappingProxyType({n: s for n, s in self._served.items() if n != served.name})
+        self._unload_unless_named(served.version)
+        self._observer.adapter_deleted(served.name)
 
     def _unload_unless_named(self, version: str) -> None:
         named = (s.version for s in self._served.values() if s.state is AdapterState.READY)

@@ -103,6 +103,7 @@ async def submit(services: Services, task: Task, arrival: Arrival) -> Submitted:
     deadline = arrival.deadline(settings.request_timeout_s)
     headers, default = arrival.headers, caller.default_adapter
     selection = select(task.adapter, task.rank, task.policy, headers, default, field=task.adapter_field, slo=task.slo)
+    await services.find_adapter(selection.adapter, caller.name)
     choose(services, selection, caller)  # a wrong name or rank is told before a long prompt is tokenised
     arrival.admission.count(task.prompts * task.copies, task.copies_field if task.prompts == 1 else "prompt")
     limits = TokenLimits.of(settings, services.engine.model)

@@ -73,7 +73,6 @@ async def put_adapter(
     """Create or replace an adapter. Requests in flight keep the version they started with."""
     services.check_accepting()
     registry = services.registry
-    owner = caller.name if caller.private_uploads else None
     # The name is claimed before the first byte is read: the second of two uploads learns it at once.
     with registry.writing(name, caller), registry.new_upload() as folder:
         files, in_form = await receive_upload(
@@ -85,7 +84,7 @@ async def put_adapter(
         if None not in (renest, in_form) and renest != in_form:
             raise InvalidRequest("renest", f"{renest} in the query contradicts {in_form} in the form; give one")
         wants_renest = next((each for each in (renest, in_form) if each is not None), True)
-        served, is_new = await changes.put_adapter(services, name, files, renest=wants_renest, owner=owner)
+        served, is_new = await changes.put_adapter(services, name, files, caller, renest=wants_renest)
     response.status_code = 201 if is_new else 200
     return entry_of(served)
 

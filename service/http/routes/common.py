@@ -33,7 +33,6 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, where the server
 ADAPTER_NAME = "The adapter's name: letters, digits, '.', '_', '-'."
 NAME_SCHEMA: dict[str, Any] = {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}
 """For the document. Whatever else a name may be, there is no adapter of that name."""
-AdapterName = Annotated[str, Path(description=ADAPTER_NAME, max_length=256, json_schema_extra=NAME_SCHEMA)]
 
 
 async def _caller(request: Request) -> ApiKey:
@@ -44,6 +43,19 @@ async def _caller(request: Request) -> ApiKey:
 
 TheCaller = Annotated[ApiKey, Depends(_caller)]
 """Whose key the request came with."""
+
+
+async def _adapter_name(
+    name: Annotated[str, Path(description=ADAPTER_NAME, max_length=256, json_schema_extra=NAME_SCHEMA)],
+    services: TheServices,
+    caller: TheCaller,
+) -> str:
+    await services.find_adapter(name, caller.name)
+    return name
+
+
+AdapterName = Annotated[str, Depends(_adapter_name)]
+"""The adapter of a path; what another server has put under that name is served by then."""
 
 
 def needs(scope: Scope) -> params.Depends:

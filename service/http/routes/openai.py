@@ -81,4 +81,5 @@ async def model(
     name: Annotated[str, Path(description="Its id.", max_length=512)], services: TheServices, caller: TheCaller
 ) -> Model:
     """One of them."""
+    await services.find_adapter(name.partition("@")[0], caller.name)
     return find_model(services, name, caller.name)

@@ -1,5 +1,6 @@
 """What operators look at: liveness, readiness, facts, metrics."""
 
+from anyio import to_thread
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -9,6 +10,7 @@ from service.errors import NotReady
 from service.http.error_table import ERROR_TABLE, retry_after
 from service.http.routes.common import TheServices, errors, needs, plain_text
 from service.http.schemas import MAX_BEST_OF, MAX_STOPS
+from service.http.scrapes import joined
 from service.keys import Scope
 from service.version import VERSION
 
@@ -88,6 +90,10 @@ async def info(services: TheServices) -> Info:
     dependencies=[needs(Scope.METRICS)],
     responses={**plain_text("Prometheus' text format."), **errors(401, 403, 429)},
 )
-def metrics(services: TheServices) -> Response:
-    """Prometheus' text format."""
-    return Response(services.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+async def metrics(services: TheServices) -> Response:
+    """Prometheus' text format; of a cluster, of all replicas, each by its label."""
+    if services.scrapes is not None:
+        text = joined(await services.scrapes())
+    else:
+        text = await to_thread.run_sync(services.metrics.exposition)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -63,14 +63,14 @@ class UnloadRequest(Body):
 async def load_lora_adapter(body: LoadRequest, services: TheServices, caller: TheCaller) -> PlainTextResponse:
     """Copy an adapter from a folder of the server's own disk into its store, and serve it. Off unless lora_load_dir is set."""
     services.check_accepting()
+    await services.find_adapter(body.lora_name, caller.name)
     registry, settings, name = services.registry, services.settings, body.lora_name
-    owner = caller.name if caller.private_uploads else None
     with registry.writing(name, caller), registry.new_upload() as folder:
         if not body.load_inplace and registry.holds(name):
             raise InvalidRequest("lora_name", f"{name!r} is loaded already; set load_inplace to replace it")
         copy = partial(copy_from, settings.lora_load_dir, body.lora_path, folder, max_bytes=settings.max_adapter_bytes)
         await to_thread.run_sync(copy)
-        await put_adapter(services, name, folder, owner=owner)
+        await put_adapter(services, name, folder, caller)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
