@@ -75,6 +75,7 @@ class TrainOptions:
     lora_alpha: float = option("the scale at rank b is lora_alpha / sqrt(b)", _DYLORA.alpha)
     use_rslora: bool = option("--no-use-rslora makes it lora_alpha / b, as in the paper", True)
     lora_dropout: float = option("dropout on the input of A", _DYLORA.dropout)
+    init_scale: float = option("A starts at so many times LoRA's usual random values, B at zero", _DYLORA.init_scale)
     target_modules: tuple[str, ...] | str = option(
         "the modules to adapt, by the ends of their paths: q_proj,v_proj", _DYLORA.targets, parse=parse_targets
     )
@@ -128,6 +129,7 @@ class TrainOptions:
             rank_per=self._rank_per(),
             targets=self.target_modules,
             dropout=self.lora_dropout,
+            init_scale=self.init_scale,
             update=self.update_rule,
             sandwich=self.sandwich,
         )
