@@ -35,9 +35,7 @@ class NestedLoRA(nn.Module):
 
     row_scales: Tensor | None
 
-    def __init__(
-        self, base: nn.Linear | Conv1D, config: AdapterConfig, dropout: float = 0.0, init_scale: float = 1.0
-    ) -> None:
+    def __init__(self, base: nn.Linear | Conv1D, config: AdapterConfig, dropout: float = 0.0, init_scale: float = 1.0) -> None:
         super().__init__()
         in_features, out_features = _features(base)
         device = base.weight.device
