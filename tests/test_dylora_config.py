@@ -73,6 +73,8 @@ def test_the_rows_of_a_step_depend_on_seed_and_step_alone_and_come_in_no_order()
         ({"geometric_p": 1.0}, "geometric_p must lie between 0 and 1"),
         ({"sandwich": True, "rank_per": RankPer.ROW}, "choose neither"),
         ({"dropout": 1.0}, "dropout must be"),
+        ({"init_scale": 0.0}, "init_scale must be above 0, not 0.0"),
+        ({"init_scale": float("nan")}, "init_scale must be above 0, not nan"),
         ({"weights": (1.0,) * 8}, "weights are given, but distribution is not 'weights'"),
         ({"distribution": RankDistribution.WEIGHTS, "weights": (1.0,)}, "weights must be 8 numbers"),
         ({"distribution": RankDistribution.WEIGHTS, "weights": (0.0,) * 8}, "weights must be 8 numbers"),

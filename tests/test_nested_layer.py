@@ -109,6 +109,20 @@ def test_all_linear_is_every_linear_layer_but_the_head(kind: str) -> None:
     assert set(target_paths(model, "all-linear")) == set(target_paths(model, LINEAR_TARGETS[kind]))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_start_of_another_scale_is_the_same_start_times_it_and_changes_no_output(kind: str) -> None:
+    plain = tiny_model(kind)(input_ids=IDS).logits
+    usual, small = tiny_model(kind), tiny_model(kind)
+    for model, scale in ((usual, 1.0), (small, 0.25)):
+        torch.manual_seed(0)
+        inject(model, CONFIG, init_scale=scale)
+    for (_, one), (_, other) in zip(nested_layers(usual), nested_layers(small), strict=True):
+        assert one.lora_a.abs().max() <= one.lora_a.shape[1] ** -0.5  # LoRA's own: uniform within 1 / sqrt(in)
+        torch.testing.assert_close(other.lora_a, 0.25 * one.lora_a, rtol=0, atol=0)
+        assert not other.lora_b.count_nonzero()
+    torch.testing.assert_close(small(input_ids=IDS).logits, plain, rtol=0, atol=0)
+
+
 def test_a_head_of_another_name_is_left_alone() -> None:
     config = BioGptConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = BioGptForCausalLM(config)

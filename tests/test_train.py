@@ -106,6 +106,17 @@ def test_the_same_seed_repeats_a_run_exactly_and_another_does_not(tmp_path: Path
     assert not are_equal_adapters(first, run(tmp_path / "c", settings=replace(SETTINGS, seed=4)))
 
 
+def test_a_seed_starts_the_same_adapter_at_every_scale() -> None:
+    def start(scale: float) -> dict[str, torch.Tensor]:
+        model = tiny_model("llama")
+        prepare(model, replace(CONFIG, init_scale=scale), SETTINGS.seed)
+        return factors(model)
+
+    usual, small = start(1.0), start(0.25)
+    assert usual.keys() == small.keys() and any(value.any() for value in usual.values())
+    assert all(torch.equal(small[name], 0.25 * usual[name]) for name in usual)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, dropout: float) -> None:
     config, settings = replace(CONFIG, dropout=dropout), replace(SETTINGS, save_steps=2)

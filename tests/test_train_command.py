@@ -41,7 +41,7 @@ def test_options_reach_settings_and_adapter() -> None:
     options = parsed(
         *("--ranks", "1,2,4,8,16", "--rank-distribution", "weights", "--rank-weights", "1,1,1,1,4"),
         *("--update-rule", "frozen", "--optim", "row-adamw", "--target-modules", "q_proj,v_proj", "--lora-alpha", "32"),
-        *("--max-steps", "7", "--bf16", "--eval-ranks", "1,16", "--eval-steps", "0.5"),
+        *("--max-steps", "7", "--bf16", "--eval-ranks", "1,16", "--eval-steps", "0.5", "--init-scale", "0.5"),
     )
     assert options.dylora() == DyLoRAConfig(
         r_max=16,
@@ -51,6 +51,7 @@ def test_options_reach_settings_and_adapter() -> None:
         distribution=RankDistribution.WEIGHTS,
         weights=(1, 1, 1, 1, 4),
         targets=("q_proj", "v_proj"),
+        init_scale=0.5,
         update=UpdateRule.FROZEN,
     )
     settings = options.settings()
@@ -81,6 +82,7 @@ def test_ranks_weights_and_targets_are_read_or_refused_with_what_is_legal() -> N
         (("--sandwich", "--rank-per", "row"), "with rank_per 'row' choose neither"),
         (("--update-rule", "frozen"), "update rule 'frozen' needs the optimiser 'row-adamw', not 'adamw'"),
         (("--max-steps", "0"), "max_steps must be at least 1"),
+        (("--init-scale", "0"), "init_scale must be above 0, not 0.0"),
         (("--geometric-p", "2"), "geometric_p must lie between 0 and 1"),
         (("--geometric-p", "0.9"), "geometric_p is given, but distribution is not 'geometric'"),
     ],

@@ -148,8 +148,9 @@ def test_a_run_is_not_resumed_with_other_settings_or_other_data(tmp_path: Path, 
     train(base, data, out, resume=True, **QUICK)  # nothing to resume yet: it starts
     finished = tensors_of(out)
     with pytest.raises(TrainingError) as caught:
-        train(base, data, out, resume=True, **{**QUICK, "r_max": 2, "learning_rate": 0.1})
-    assert "dylora.r_max was 4, now 2; learning_rate was 0.002, now 0.1" in str(caught.value)
+        train(base, data, out, resume=True, **{**QUICK, "r_max": 2, "learning_rate": 0.1, "init_scale": 0.5})
+    for said in ("dylora.init_scale was ", "dylora.r_max was 4, now 2; learning_rate was 0.002, now 0.1"):
+        assert said in str(caught.value)
     with pytest.raises(TrainingError, match="data_sha256 was"):
         train(base, write_pairs(tmp_path / "less.jsonl", 16), out, resume=True, **QUICK)
     train(base, data, out, resume=True, logging_steps=1, **QUICK)

@@ -10,7 +10,7 @@ from adapters.errors import AdapterError, DataError
 from adapters.paper.plan import RANKS, TASKS
 from adapters.paper.results import LOSS, Result, read_results
 from adapters.paper.step_time import read_step_times
-from adapters.paper.summary import WAYS, Way, by_rank, metric_of
+from adapters.paper.summary import DRAWN, Way, by_rank, metric_of
 from adapters.paper.tables import claims, generated
 from adapters.plots.line_plot import Panel, Series, panels, save_figure
 
@@ -52,7 +52,7 @@ def plot(results: Sequence[Result], task: str, folder: Path) -> None:
     """Draw loss and metric over the rank, with a band of one standard deviation, as PNG and SVG."""
     content = []
     for metric in (LOSS, metric_of(results, task)):
-        drawn = [] if metric is None else [line for way in WAYS if (line := _line(results, task, way, metric)) is not None]
+        drawn = [] if metric is None else [line for way in DRAWN if (line := _line(results, task, way, metric)) is not None]
         if metric is not None and drawn:
             content.append(Panel(drawn, x_label="rank", y_label=metric))
     if not content:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from adapters.paper.plan import BEST, IDEAS, LORA, PAPER_METHODS, RANKS, ROWS
+from adapters.paper.plan import BEST, BEST_SMALL, IDEAS, LORA, PAPER_METHODS, RANKS, ROWS, ROWS_SMALL
 from adapters.paper.results import FIRST_COLUMNS, LOSS, SVD_ORDER, TRAINED, Result
 
 
@@ -31,9 +31,24 @@ CUT_BY_SVD = Way("LoRA r8, SVD order", LORA, SVD_ORDER)
 FULL, FROZEN, GEOMETRIC = (Way(f"DyLoRA {each.name.removeprefix('dylora-')}", each.name) for each in PAPER_METHODS)
 OURS_PLAIN = Way("ours, for the cost of one LoRA run", ROWS.name)
 OURS = Way("ours, for the cost of two", BEST.name)
+OURS_PLAIN_SMALL = Way(f"{OURS_PLAIN.label}, smaller start", ROWS_SMALL.name)
+OURS_SMALL = Way(f"{OURS.label}, smaller start", BEST_SMALL.name)
 
-WAYS: tuple[Way, ...] = (SEPARATE, CUT_AS_TRAINED, CUT_BY_SVD, FULL, FROZEN, GEOMETRIC, OURS_PLAIN, OURS)
+WAYS: tuple[Way, ...] = (
+    SEPARATE,
+    CUT_AS_TRAINED,
+    CUT_BY_SVD,
+    FULL,
+    FROZEN,
+    GEOMETRIC,
+    OURS_PLAIN,
+    OURS_PLAIN_SMALL,
+    OURS,
+    OURS_SMALL,
+)
 """The rows of every table, in order."""
+DRAWN: tuple[Way, ...] = tuple(way for way in WAYS if way not in (OURS_PLAIN_SMALL, OURS_SMALL))
+"""The lines of every plot: the smaller starts would lie on ours, and colours would come twice."""
 IDEA_WAYS: tuple[Way, ...] = tuple(Way(idea.idea, idea.name) for idea in IDEAS)
 
 

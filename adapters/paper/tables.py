@@ -14,6 +14,8 @@ from adapters.paper.summary import (
     IDEA_WAYS,
     OURS,
     OURS_PLAIN,
+    OURS_PLAIN_SMALL,
+    OURS_SMALL,
     SEPARATE,
     WAYS,
     Spread,
@@ -162,7 +164,10 @@ def claims(results: Sequence[Result]) -> str:
         ("frozen against full", FROZEN, FULL, SHOWN),
         ("geometric against uniform", GEOMETRIC, FULL, SHOWN),
         ("ours, plain, against DyLoRA full", OURS_PLAIN, FULL, RANKS),
+        ("ours, plain, from the smaller start against the usual one", OURS_PLAIN_SMALL, OURS_PLAIN, RANKS),
+        ("ours, from the smaller start against the usual one", OURS_SMALL, OURS, RANKS),
         ("ours against LoRA trained at that rank", OURS, SEPARATE, RANKS),
+        ("ours, smaller start, against LoRA trained at that rank", OURS_SMALL, SEPARATE, RANKS),
         ("ours against LoRA r8, SVD order", OURS, CUT_BY_SVD, SHOWN),
     )
     parts = []

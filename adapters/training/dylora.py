@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class DyLoRAConfig:
         rank_per: whether a rank is drawn for each optimiser step or for each row of its batch.
         targets: module path suffixes, or "all-linear".
         dropout: on the input of A, in training.
+        init_scale: what A's first values are multiplied with, LoRA's own being Kaiming uniform. Not in the paper: B starts at
+            zero, so it changes no output, but how soon a row of A turns to where the gradient points.
         update: which rows and columns a step moves.
         sandwich: train every step at r_max too, the step's loss being the mean of both passes. Not in the paper: it
             spends a second pass on the full rank, which plain DyLoRA reaches only once in r_max steps.
@@ -74,6 +77,7 @@ class DyLoRAConfig:
     rank_per: RankPer = RankPer.STEP
     targets: tuple[str, ...] | str = ALL_LINEAR
     dropout: float = 0.0
+    init_scale: float = 1.0
     update: UpdateRule = UpdateRule.FULL
     sandwich: bool = False
 
@@ -86,6 +90,8 @@ class DyLoRAConfig:
             problems.append("geometric_p is given, but distribution is not 'geometric'")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if not 0 < self.init_scale < math.inf:
+            problems.append(f"init_scale must be above 0, not {self.init_scale}: with A and B at zero nothing is ever learnt")
         if self.distribution is RankDistribution.WEIGHTS:
             if len(self.weights) != len(legal) or min(self.weights, default=0) < 0 or not sum(self.weights) > 0:
                 problems.append(f"weights must be {len(legal)} numbers, none negative, not all 0; one for each rank")

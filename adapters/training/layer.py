@@ -23,8 +23,8 @@ class NestedLoRA(nn.Module):
     """A frozen linear module with a nested update: `W0 x + scale(b) * B[:, :b] A[:b] x` at rank b.
 
     Rank b is exactly b rows of A and b columns of B (arXiv 2210.07558, section 4.1; the authors' released code takes
-    b + 1). A starts Kaiming uniform with a = sqrt(5), as theirs does, and B at zero, so that a new layer changes
-    nothing. The factors are float32 whatever the base's weights are: half precision, or packed by bitsandbytes.
+    b + 1). A starts Kaiming uniform with a = sqrt(5), as theirs does, times `init_scale`, and B at zero, so that a new layer
+    changes nothing. The factors are float32 whatever the base's weights are: half precision, or packed by bitsandbytes.
 
     Attributes:
         rank: the selected rank, r_max at first.
@@ -35,7 +35,7 @@ class NestedLoRA(nn.Module):
 
     row_scales: Tensor | None
 
-    def __init__(self, base: nn.Linear | Conv1D, config: AdapterConfig, dropout: float = 0.0) -> None:
+    def __init__(self, base: nn.Linear | Conv1D, config: AdapterConfig, dropout: float = 0.0, init_scale: float = 1.0) -> None:
         super().__init__()
         in_features, out_features = _features(base)
         device = base.weight.device
@@ -45,6 +45,7 @@ class NestedLoRA(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(config.r_max, in_features, device=device, dtype=torch.float32))
         self.lora_b = nn.Parameter(torch.zeros(out_features, config.r_max, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.lora_a.data.mul_(init_scale)
         self.rank = config.r_max
         self.update = UpdateRule.FULL
         self.row_scales = None
@@ -98,6 +99,7 @@ def inject(
     targets: Sequence[str] | str = ALL_LINEAR,
     dropout: float = 0.0,
     trained_whole: Sequence[str] = (),
+    init_scale: float = 1.0,
 ) -> tuple[str, ...]:
     """Freeze `model` and put a NestedLoRA in the place of each target, in place.
 
@@ -108,6 +110,7 @@ def inject(
             target of "all-linear".
         dropout: probability, on the input of A.
         trained_whole: paths of modules that stay trainable as they are, and are no targets of "all-linear".
+        init_scale: what A's first values are multiplied with.
 
     Returns:
         the adapted paths, in the model's order.
@@ -124,7 +127,7 @@ def inject(
         parent, _, name = path.rpartition(".")
         base = model.get_submodule(path)
         assert isinstance(base, nn.Linear | Conv1D)  # target_paths let nothing else pass
-        setattr(model.get_submodule(parent), name, NestedLoRA(base, config, dropout))
+        setattr(model.get_submodule(parent), name, NestedLoRA(base, config, dropout, init_scale))
     return paths
 
 

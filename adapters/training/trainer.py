@@ -69,7 +69,7 @@ def prepare(model: PreTrainedModel, config: DyLoRAConfig, seed: int, missing: Se
     whole = modules_to_train(model, missing)
     for path in whole:
         model.get_submodule(path).float()  # what is trained is float32, as the factors are
-    inject(model, config.adapter_config(), config.targets, config.dropout, whole)
+    inject(model, config.adapter_config(), config.targets, config.dropout, whole, config.init_scale)
     for _, layer in nested_layers(model):
         layer.update = config.update
 
