@@ -21,6 +21,7 @@ TILES(tiles, store)
 #define LINE 64 /* bytes that come from memory together: a panel of one input */
 #define FEW 20  /* most rows whose products are hardly slower than memory */
 #define MANY 64 /* most rows of which a tile stays in a level 1 cache until adapters are added to it */
+#define NEAR 128 /* most columns of B that stay there beside it, of all blocks together: 16 KiB of two panels */
 #define CHUNK 8 /* most panels between the base's product and the adapters' on top of it */
 
 /* One of several products of the same rows, as when query, key and value are computed of one x. */
@@ -173,7 +174,7 @@ static void expand(const struct part *p, const struct lora *l, const float *low,
 
 /* A step's products of one x, and their memory. */
 struct products {
-    long rows, in, groups, count, most, low_size; /* groups of rows; parts; the highest rank */
+    long rows, in, groups, count, most, columns, low_size; /* groups of rows; parts; the highest rank; the sum of all blocks' */
     const struct part *parts;
     const struct lora *lora; /* 0: the base alone */
     int is_turned;
@@ -181,9 +182,11 @@ struct products {
 };
 
 static struct products products_of(long rows, long in, const struct part *parts, long count, const struct lora *lora) {
-    struct products p = {rows, in, (rows + MOST_ROWS - 1) / MOST_ROWS, count, 0, 0, parts, lora && lora->blocks ? lora : 0};
-    for (long block = 0; p.lora && block < lora->blocks; block++)
-        if (lora->ranks[block] > p.most) p.most = lora->ranks[block];
+    struct products p = {rows, in, (rows + MOST_ROWS - 1) / MOST_ROWS, count, 0, 0, 0, parts, lora && lora->blocks ? lora : 0};
+    for (long block = 0; p.lora && block < lora->blocks; block++) {
+        p.most = most_of(p.most, lora->ranks[block]);
+        p.columns += lora->ranks[block];
+    }
     p.low_size = p.lora ? lora->blocks * p.most * BLOCK_ROWS : 0;
     p.is_turned = rows > 1 && parts[0].w;
     return p;
@@ -209,8 +212,8 @@ static void multiply_all(const struct products *p, const float *x, struct barrie
     /* A single row waits for memory, which gives most to one who reads on and on: two panels are two places. */
     long together = p->rows == 1 ? 1 : PANELS;
     /* Few rows are faster than memory, which then serves one long read after the other best: an adapter's columns of a whole
-       chunk. Many leave it time, in which what the adapters add to a tile comes near before the tile is done. */
-    int is_asked = p->rows > FEW && p->rows <= MANY;
+       chunk. More leave it time, in which the columns for a tile come near, if they are not too many, before the tile is done. */
+    int is_asked = p->rows > FEW && p->rows <= MANY && p->columns <= NEAR;
     for (long i = 0; i < p->count; i++) {
         const struct part *part = p->parts + i;
         const struct lora *own = part->a ? p->lora : 0;
