@@ -73,10 +73,11 @@ def test_linear_is_torchs_and_a_row_is_the_same_alone(
         assert torch.equal(native.linear(x[row : row + 1], pack(weight), bias)[0], got[row])
 
 
+@pytest.mark.parametrize("rows", [6, 21, 65])  # what adapters add comes after a chunk, after each tile, after a chunk
 @pytest.mark.parametrize("out_features", [16, 48, 512])
-def test_each_row_gets_its_own_adapter_rank_and_scale(native: Kernels, out_features: int) -> None:
+def test_each_row_gets_its_own_adapter_rank_and_scale(native: Kernels, out_features: int, rows: int) -> None:
     in_features, columns = 37, 12
-    x, a, b = noise(6, in_features), noise(columns, in_features, seed=1), noise(columns, out_features, seed=2)
+    x, a, b = noise(rows, in_features), noise(columns, in_features, seed=1), noise(columns, out_features, seed=2)
     weight, bias = noise(out_features, in_features, seed=3), noise(out_features, seed=4)
     # One adapter in columns 0 to 6 with rows 4, 0, 2 at ranks 7, 3, 1; another in columns 7 to 11 with row 5 at rank 4.
     blocks = LoraRows(
