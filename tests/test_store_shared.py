@@ -1,11 +1,9 @@
 """AdapterStore over one folder for several processes: each sees what the others did, and none undoes it."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from adapters.checkpoint import CONFIG_FILE, TENSORS_FILE
 from adapters.errors import AdapterBusy, AdapterError, AdapterNotFound, InvalidAdapter, StoreFull
 from adapters.store.store import AdapterStore
-from tests.test_store import ROOT, killer, upload
+from tests.test_store import ROOT, change_at_once, killer, upload
 
 
 def share(root: Path, *, max_adapters: int = 4, max_total_bytes: int = 1 << 30) -> AdapterStore:
@@ -208,34 +206,9 @@ def test_a_put_that_is_killed_is_done_or_not_begun_and_the_living_go_on(tmp_path
 
 def test_several_change_a_store_at_once_and_agree_in_the_end(tmp_path: Path) -> None:
     sources = [upload(tmp_path / str(seed), seed=seed) for seed in range(4)]
-    failures: list[BaseException] = []
-
-    def work(store: AdapterStore, seed: int) -> None:
-        rng = random.Random(seed)
-        for _ in range(25):
-            name = rng.choice("abc")
-            store.refresh()
-            try:
-                match rng.randrange(4):
-                    case 0:
-                        store.delete(name)
-                    case 1:
-                        store.load(store.get(name))
-                    case _:
-                        store.put(name, rng.choice(sources))
-            except (AdapterBusy, AdapterNotFound):
-                continue
-            except BaseException as error:
-                failures.append(error)
-
     with ExitStack() as stack:
         stores = [stack.enter_context(share(tmp_path / "s")) for _ in range(3)]
-        threads = [threading.Thread(target=work, args=(store, seed)) for seed, store in enumerate(stores * 2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+        change_at_once(stores * 2, sources, times=25)
         for store in stores:
             store.refresh()
             assert store.list() == stores[0].list()
