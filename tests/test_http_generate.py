@@ -275,6 +275,8 @@ BAD_REQUESTS: list[tuple[object, int, str]] = [
     ({"inputs": "x", "input": 1}, 422, "input: no such field; did you mean inputs?"),
     ({"inputs": "x", "parameters": 5}, 422, "parameters: 5 is not legal"),
     ({"inputs": "x", "parameters": {"max_new_token": 5}}, 422, "max_new_token: no such field; did you mean max_new_tokens?"),
+    ({"inputs": "x", "rank": 4}, 422, "rank: no such field in this place; /generate takes it in parameters"),
+    ({"parameters": {"inputs": "x"}}, 422, "inputs: no such field in this place; /generate takes it beside parameters"),
     ({"inputs": "x", "parameters": {"max_new_tokens": 0}}, 422, "max_new_tokens: 0 is not legal"),
     ({"inputs": "x", "parameters": {"max_new_tokens": "5"}}, 422, "max_new_tokens: '5' is not legal"),
     ({"inputs": "x", "parameters": {"max_new_tokens": 101}}, 422, "legal: 1 to 100"),

@@ -50,9 +50,18 @@ def _sentence(finding: Any, known: Sequence[str]) -> str:
     if kind == "missing":
         return f"{name}: must be given"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(where[-1], known, n=1)
-        return f"{name}: no such field" + (f"; did you mean {near[0]}?" if near else "")
+        return f"{name}: no such field{_instead(where[-1], known)}"
     return f"{name}: {_shown(finding['input'])} is not legal: {message}"
+
+
+def _instead(field: str, known: Sequence[str]) -> str:
+    """What may have been meant: another name, or the same name in the other place of /generate's body."""
+    if field not in known:
+        near = difflib.get_close_matches(field, known, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
+    if known is not _OF_GENERATE:
+        return " in this place"
+    return f" in this place; /generate takes it {'in' if field in GenerateParameters.model_fields else 'beside'} parameters"
 
 
 def _shown(value: object) -> str:
