@@ -27,7 +27,7 @@ RANKS = tuple(range(1, 65))
 def main() -> None:
     """Measure every load."""
     options = _options()
-    auto_rank = AutoRank(_model(), EngineSizes(64, 512, 8))
+    auto_rank = AutoRank(_model(), EngineSizes(64, 512, 6))
     book = PolicyBook({"latency": Policy(PolicyKind.LATENCY)}, "latency")
     facts = RankFacts(RANKS)
     ladder = facts.ladder(RANKS[0], RANKS[-1])

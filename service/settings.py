@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     max_waiting_requests: Count = Field(256, description="most requests in the queue; more are answered with 503")
     max_batch_tokens: Count = Field(512, description="token budget of one step, prompt chunks and decode rows together")
     prefill_chunk_tokens: Count = Field(
-        8, description="of each prompt that enters, in a step in which others generate, and one more for each of these"
+        6, description="of a prompt that enters beside others that generate, and one more for each of these; of several, more"
     )
     kv_cache_bytes: Bytes = Field(ByteSize(512 * MIB), description="memory for keys and values")
     kv_block_tokens: Count = Field(16, description="tokens per block of the key/value cache")

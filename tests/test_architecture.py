@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("adapters", "service")
 
 LAYERS: tuple[tuple[str, str, str], ...] = (
-    ("nouns", "service", "slo errors core"),
+    ("nouns", "service", "slo errors core prefill"),
     ("policies", "service.rank", "policies"),
     ("settings", "service", "keys settings version log"),
     ("prediction", "service.rank", "latency_model ladder load prospect"),

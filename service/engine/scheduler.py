@@ -7,6 +7,7 @@ from service.core import AdapterChoice, GenerationRequest, Mode, PrefixStats, St
 from service.engine.blocks import BlockPool, OutOfBlocks
 from service.engine.fair_queue import FairQueue
 from service.engine.prefix_hash import PrefixHash
+from service.prefill import prompt_tokens_beside
 
 
 @dataclass(eq=False)
@@ -151,12 +152,8 @@ class Batch:
 class Scheduler:
     """Continuous batching: every running sequence advances in every step; waiting ones are admitted fairly.
 
-    A step holds a row of every sequence that generates, then prompt tokens up to what is left of the budget. While others
-    generate, they wait for the step's prompt tokens, so those are bounded once more: by `prefill_chunk_tokens` for each prompt
-    that enters, and one more for each row that generates. A step's time grows with its rows from a fixed part on, so this
-    bounds the time of a step beside which one prompt enters to a multiple of one without. Where many wait to enter, those who
-    generate wait longer, once: a burst that entered at the pace of one prompt would keep the batch small, and each of its own
-    tokens dear, for as many steps as it has prompts.
+    A step holds a row of every sequence that generates, then prompt tokens up to what is left of the budget. Where sequences
+    generate, they wait for the step's prompt tokens, so those are bounded once more: see `prompt_tokens_beside`.
 
     Admission is by space for the whole prompt, so a prefill that has begun never stops for want of memory. Who is next is
     decided across pairs of tenant and adapter by the tokens that were computed for each, of prompts and of answers (see
@@ -184,7 +181,7 @@ class Scheduler:
             pool: the blocks to give out.
             max_running: sequences that hold blocks at one time.
             max_batch_tokens: tokens of one step.
-            prefill_chunk_tokens: of each prompt that enters, in a step that generates, and one more for each row that does;
+            prefill_chunk_tokens: of a prompt that enters alone beside others that generate, and one more for each of these;
                 None: no bound but `max_batch_tokens`.
             prefix_cache: start where an earlier sequence of the same adapter and rank has computed the same first blocks;
                 False: only where it is of the same group. Right for sliding windows as well, since the cache keeps every
@@ -227,7 +224,7 @@ class Scheduler:
         chunks = self._decodes()
         budget = self._max_batch_tokens - len(chunks)
         if chunks:
-            budget = min(budget, self._prefill_chunk_tokens * self._entering() + len(chunks))
+            budget = min(budget, prompt_tokens_beside(len(chunks), self._entering(), self._prefill_chunk_tokens))
         for sequence in self._running:
             if sequence.pending > 1 and budget > 0:
                 chunks.append(self._prefill(sequence, budget))

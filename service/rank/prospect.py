@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from service.core import Mode
+from service.prefill import prompt_tokens_beside
 from service.rank.ladder import Floats
 from service.rank.latency_model import LatencyModel, StepTime
 from service.rank.load import LoadBook
@@ -84,7 +85,7 @@ class Prospect:
         self._chunk = sizes.max_batch_tokens - decoding
         if decoding:
             entering = min(self.in_flight + 1, sizes.max_running) - decoding
-            self._chunk = min(self._chunk, sizes.prefill_chunk_tokens * entering + decoding)
+            self._chunk = min(self._chunk, prompt_tokens_beside(decoding, entering, sizes.prefill_chunk_tokens))
         chunk = self._chunk if decoding else min(self._chunk, max(1, self._unread + prompt_tokens))
         context, rows = book.context_tokens + self._unread, max(1, min(self.in_flight, sizes.max_running - 1))
 
