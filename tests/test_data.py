@@ -5,7 +5,7 @@ import pytest
 from adapters.data.e2e import read_e2e, reversed_pairs, spaced
 from adapters.data.example import Example
 from adapters.errors import DataError
-from adapters.evaluation.slots import parse_mr, slot_coverage, slot_f1
+from adapters.evaluation.slots import parse_mr, slot_coverage_counts, slot_f1_counts
 
 MR = "name[Blue Spice], customer rating[5 out of 5], near[Café Brazil]"
 
@@ -64,11 +64,9 @@ def test_pairs_are_reversed_and_spaced() -> None:
 def test_slots_count_when_attribute_and_value_agree() -> None:
     assert parse_mr(MR) == {("name", "blue spice"), ("customer rating", "5 out of 5"), ("near", "café brazil")}
     assert parse_mr("no slots [at all") == frozenset()
-    assert slot_f1([MR], [MR]) == 1.0
-    assert slot_f1(["name[blue spice], near[Burger King]"], [MR]) == pytest.approx(2 * 1 / (2 + 3))
-    assert slot_f1([""], [MR]) == 0.0
+    assert slot_f1_counts([MR, "name[blue spice], near[Burger King]", ""], [MR] * 3) == [(6, 6), (2, 5), (0, 3)]
 
 
 def test_coverage_asks_for_the_verbatim_slots_only() -> None:
-    assert slot_coverage(["BLUE SPICE is near Café Brazil."], [MR]) == 1.0
-    assert slot_coverage(["Blue Spice has 5 out of 5."], [MR]) == 0.5
+    texts = ["BLUE SPICE is near Café Brazil.", "Blue Spice has 5 out of 5."]
+    assert slot_coverage_counts(texts, [MR] * 2) == [(2, 2), (1, 2)]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import AdapterError
-from adapters.plots.line_plot import Level, Panel, Series, line_plot, panels, save_figure
+from adapters.plots.line_plot import Level, Panel, Series, panels, save_figure
 
 RANKS = (1, 2, 4, 8)
 DYLORA = Series("DyLoRA", RANKS, (1.5, 1.3, 1.1, 1.0), low=(1.4, 1.2, 1.0, 0.9), high=(1.6, 1.4, 1.2, 1.1))
@@ -17,7 +17,7 @@ def text_of(path: Path) -> list[str]:
 
 def test_an_svgs_text_is_text_and_the_same_plot_is_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg", "a.png", "b.png"):
-        figure = line_plot([DYLORA, LORA], x_label="rank", y_label="loss (nats per token)", title="E2E", log2_x=True)
+        figure = panels([Panel([DYLORA, LORA], "rank", "loss (nats per token)", title="E2E", log2_x=True)])
         save_figure(figure, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -27,7 +27,7 @@ def test_an_svgs_text_is_text_and_the_same_plot_is_the_same_bytes(tmp_path: Path
 
 
 def test_a_level_far_away_is_named_and_does_not_flatten_the_curve(tmp_path: Path) -> None:
-    figure = line_plot([DYLORA], x_label="rank", y_label="loss", levels=[Level("base", 44.25), Level("full", 1.0)])
+    figure = panels([Panel([DYLORA], "rank", "loss", levels=[Level("base", 44.25), Level("full", 1.0)])])
     (axes,) = figure.axes
     assert axes.get_ylim()[1] < 2
     save_figure(figure, tmp_path / "plot.svg")
@@ -45,7 +45,7 @@ def test_one_rank_alone_and_flat_curves_are_drawn(tmp_path: Path) -> None:
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"written as \.png or \.svg"):
-        save_figure(line_plot([LORA], x_label="x", y_label="y"), tmp_path / "plot.pdf")
+        save_figure(panels([Panel([LORA], "x", "y")]), tmp_path / "plot.pdf")
 
 
 @pytest.mark.parametrize(("count", "inside"), [(2, 1), (5, 1), (6, 0)])

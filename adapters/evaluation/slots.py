@@ -17,20 +17,10 @@ def parse_mr(text: str) -> frozenset[Slot]:
     return frozenset((name.strip().lower(), value.strip().lower()) for name, value in _SLOT.findall(text))
 
 
-def slot_f1(predicted: Sequence[str], truth: Sequence[str]) -> float:
-    """Micro-averaged F1, 0 to 1, over the slots of all pairs: a slot counts when attribute and value both agree."""
-    return _share(slot_f1_counts(predicted, truth))
-
-
 def slot_f1_counts(predicted: Sequence[str], truth: Sequence[str]) -> list[tuple[int, int]]:
     """Of each pair, twice the slots that agree and the slots of both sides: F1 is the ratio of their sums."""
     pairs = [(parse_mr(p), parse_mr(t)) for p, t in zip(predicted, truth, strict=True)]
     return [(2 * len(p & t), len(p) + len(t)) for p, t in pairs]
-
-
-def slot_coverage(texts: Sequence[str], meanings: Sequence[str]) -> float:
-    """Share, 0 to 1, of the meanings' VERBATIM slots whose value stands in the text, upper and lower case alike."""
-    return _share(slot_coverage_counts(texts, meanings))
 
 
 def slot_coverage_counts(texts: Sequence[str], meanings: Sequence[str]) -> list[tuple[int, int]]:
@@ -40,8 +30,3 @@ def slot_coverage_counts(texts: Sequence[str], meanings: Sequence[str]) -> list[
         slots = [value for name, value in parse_mr(meaning) if name in VERBATIM]
         counts.append((sum(value in text.lower() for value in slots), len(slots)))
     return counts
-
-
-def _share(counts: Sequence[tuple[int, int]]) -> float:
-    right, total = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
-    return right / total if total else 0.0

@@ -85,19 +85,6 @@ class Panel:
     log2_x: bool = False
 
 
-def line_plot(
-    series: Sequence[Series],
-    *,
-    x_label: str,
-    y_label: str,
-    title: str = "",
-    levels: Sequence[Level] = (),
-    log2_x: bool = False,
-) -> Figure:
-    """One panel as a figure; see `Panel`."""
-    return panels([Panel(series, x_label, y_label, title, levels, log2_x)])
-
-
 def panels(
     content: Sequence[Panel], *, columns: int = 3, title: str = "", caption: str = "", inches: tuple[float, float] = (3.9, 3.1)
 ) -> Figure:
