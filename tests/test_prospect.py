@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from loadtests.slo.results import curve
-from loadtests.slo.simulator import SIZES, Simulation
+from loadtests.slo.simulator import SIZES, Machine, Simulation
 from loadtests.slo.trace import CLASSES, Asked, lognormal_lengths
 from service.core import Mode
 from service.rank.ladder import constant
@@ -35,7 +35,7 @@ class Watched(Simulation):
 def test_a_burst_is_expected_to_end_when_it_does(count: int, rank: int) -> None:
     """Beyond the engine's 64 places as well, where one begins when another ends."""
     ranks = tuple(range(1, 65))
-    simulation = Watched(ranks, dict(curve(ranks)), noise=0.0)
+    simulation = Watched(ranks, dict(curve(ranks)), machine=Machine(noise=0.0))
     lengths = lognormal_lengths(0, count)
     asked = [Asked(0.0, number % 32, str(number), tokens, CLASSES[0]) for number, tokens in enumerate(lengths)]
     took_s = [each.latency_ms / 1000 for each in simulation.play(asked, {"rank": rank}, simulation.token_ms())]

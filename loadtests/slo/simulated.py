@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loadtests.slo.plan import POLICIES, RANK, SCENARIOS_HELP, Run, RunFile, planned
 from loadtests.slo.results import curve
-from loadtests.slo.simulator import Simulation
+from loadtests.slo.simulator import MACHINES, Simulation
 from loadtests.slo.trace import Asked, lognormal_lengths, trace
 
 SCENARIOS = "poisson:2,poisson:9,gamma:6,gamma:8,step:7"
@@ -26,7 +26,7 @@ def main() -> None:
     for run in planned(options.scenarios, options.seeds):
         if run in done:
             continue
-        simulation = Simulation(ranks, dict(curve(ranks)), seed=run.seed)
+        simulation = Simulation(ranks, dict(curve(ranks)), machine=MACHINES[options.machine], seed=run.seed)
         wish, token_ms = POLICIES[run.policy], simulation.token_ms()
         simulation.play(_trace(run, 1000 + run.seed, options.warm_up_s), wish, token_ms)
         file.add(run, options.seconds, simulation.play(_trace(run, run.seed, options.seconds), wish, token_ms))
@@ -43,6 +43,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="of each run (default 60)")
     parser.add_argument("--warm-up-s", type=float, default=20, help="before each run, not counted (default 20)")
     parser.add_argument("--seeds", type=int, default=3, help="traces of each kind (default 3)")
+    parser.add_argument(
+        "--machine",
+        choices=MACHINES,
+        default="steady",
+        help="steady: steps take what a formula says, but for noise; shared: in slow spells of seconds all takes longer, and"
+        " some steps do alone (default steady)",
+    )
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """The experiment without a machine: the real scheduler and the real policy, over steps whose seconds are a formula.
 
-Of a run on a shared machine nobody can tell how much was the policy's doing. Here nothing else happens: what a policy reaches
-is what its decisions are worth, where the latency model is right but for noise.
+Of a run on a shared machine nobody can tell how much was the policy's doing. Here nothing happens but what a `Machine` says:
+on the steady one the latency model is right but for noise, on the shared one all gets slower for seconds at a time.
 """
 
 import random
@@ -56,23 +56,48 @@ def step_s(step: StepReport) -> float:
     return seconds + 0.0003 * min(step.adapters, rows) + 18e-6 * step.columns + 6e-6 * step.row_ranks
 
 
-class Simulation:
-    """One server over simulated time; what it learns stays from one run to the next.
+@dataclass(frozen=True)
+class Machine:
+    """How far a step's seconds are from the formula.
 
-    Args:
-        noise: standard deviation of the logarithm of a step's seconds.
+    Attributes:
+        noise: standard deviation of their logarithm.
+        straggling: share of the steps that take STRAGGLER times as long, each alone.
+        slow: how many times as long all takes in a slow spell.
+        slow_s, fast_s: mean seconds of a slow spell, and of the time between two.
     """
 
-    def __init__(self, ranks: Sequence[int], quality: dict[int, float], *, noise: float = 0.08, seed: int = 0) -> None:
+    noise: float = 0.08
+    straggling: float = 0.0
+    slow: float = 1.0
+    slow_s: float = 2.0
+    fast_s: float = 8.0
+
+
+STEADY = Machine()
+"""What a policy's decisions are worth: nothing else happens."""
+SHARED = Machine(noise=0.15, straggling=0.01, slow=1.6, fast_s=10.0)
+"""As the machines were that it ran on over HTTP: others take memory's bandwidth for seconds, the processor for moments."""
+MACHINES = {"steady": STEADY, "shared": SHARED}
+STRAGGLER = 3.0
+"""How many times as long a step takes that waits for others' work."""
+
+
+class Simulation:
+    """One server over simulated time; what it learns stays from one run to the next."""
+
+    def __init__(self, ranks: Sequence[int], quality: dict[int, float], *, machine: Machine = STEADY, seed: int = 0) -> None:
         profile = QualityProfile((Metric("claimed", higher_is_better=True, values=quality),), "claimed")
         self._facts = RankFacts(tuple(ranks), profile)
         self._quality = quality
-        self._noise = noise
+        self._machine = machine
         self._rng = random.Random(seed)
+        self._spells = self._rng
+        self._is_slow, self._turns_at = False, 0.0
         self.now = 0.0
         model = LatencyModel()
         for step in _swept(self._rng):
-            model.on_step(replace(step, seconds=self._seconds(step)))
+            model.on_step(replace(step, seconds=step_s(step) * self._rng.lognormvariate(0.0, machine.noise)))
         model.adopt(model.statistics())
         self.auto_rank = AutoRank(model, SIZES, SafetyFactor(), clock=lambda: self.now)
         self._metrics = Metrics()
@@ -85,6 +110,9 @@ class Simulation:
         """Every request at its moment; `slack_ms` times the request's slack is its time for each token."""
         scheduler = Scheduler(BlockPool(20_000, 16), **_scheduler_sizes(), prefix_cache=False)
         started, ahead = self.now, list(reversed(asked))
+        # The same spells for every policy.
+        self._spells = random.Random(len(asked))
+        self._is_slow, self._turns_at = False, started + self._spells.expovariate(1 / self._machine.fast_s)
         live: dict[Running, _Live] = {}
         outcomes: dict[Asked, Outcome] = {}
         while ahead or live:
@@ -145,7 +173,12 @@ class Simulation:
         self.auto_rank.on_step(report)
 
     def _seconds(self, step: StepReport) -> float:
-        return step_s(step) * self._rng.lognormvariate(0.0, self._noise)
+        machine = self._machine
+        while self.now >= self._turns_at:
+            self._is_slow = not self._is_slow
+            self._turns_at += self._spells.expovariate(1 / (machine.slow_s if self._is_slow else machine.fast_s))
+        seconds = step_s(step) * self._rng.lognormvariate(0.0, machine.noise) * (machine.slow if self._is_slow else 1.0)
+        return seconds * (STRAGGLER if self._rng.random() < machine.straggling else 1.0)
 
 
 @dataclass(eq=False)
