@@ -9,12 +9,14 @@ from loadtests.slo.results import curve
 from loadtests.slo.simulator import SIZES, Machine, Simulation
 from loadtests.slo.trace import CLASSES, Asked, lognormal_lengths
 from service.core import Mode
-from service.rank.ladder import constant
+from service.rank.ladder import LEVELS, constant
 from service.rank.load import InFlight, LoadBook
 from service.rank.prospect import Prospect
+from service.rank.rank_policy import RankFacts
 from tests.made_up_steps import known_model
 
 LONG_AGO = 1e6
+FACTS = RankFacts(tuple(range(1, 65)))
 
 
 class Watched(Simulation):
@@ -71,3 +73,30 @@ def test_who_waits_for_a_place_ends_after_those_who_have_one_and_the_others_no_l
     *others, last = expected_s(book, LONG_AGO)
     assert last > max(others)
     assert max(others) == pytest.approx(max(before), rel=0.1)
+
+
+@pytest.mark.parametrize("generating", [0, 12])
+def test_what_is_read_at_one_price_is_what_is_read_at_all(generating: int) -> None:
+    """Who sets the price asks for all of them, who chooses a rank for one at a time."""
+    book = LoadBook()
+    for number in range(20):
+        request = InFlight(f"v{number % 7}", FACTS.ladder(1, 64), 64, 40, 30)
+        book.add(request, 0.1 * number)
+        if number < generating:
+            book.token(request)
+    prospect = Prospect(known_model(), book, SIZES, Mode.MIXED, 2.0, prompt_tokens=40)
+    at_each = [prospect.row_and_token_s(level) for level in range(LEVELS)]
+    assert [row for row, _ in at_each] == pytest.approx(prospect.row_s.tolist(), rel=1e-12)
+    assert [token for _, token in at_each] == pytest.approx(prospect.token_s.tolist(), rel=1e-12)
+    assert len({row for row, _ in at_each}) > 1
+
+
+def test_what_was_read_of_a_load_stays_when_the_load_changes() -> None:
+    """A decision is made outside the book's lock."""
+    book = LoadBook()
+    book.add(InFlight("v", FACTS.ladder(1, 64), 64, 40, 30), 0.0)
+    first, second = (Prospect(known_model(), book, SIZES, Mode.MIXED, 1.0) for _ in range(2))
+    before = first.row_s.tolist(), first.token_s.tolist()
+    for _ in range(5):
+        book.add(InFlight("w", FACTS.ladder(1, 64), 64, 40, 30), 1.0)
+    assert (second.row_s.tolist(), second.token_s.tolist()) == before

@@ -163,8 +163,10 @@ class AutoRank:
 
     def _merged_ranks(self, version: str | None, merged: Set[AdapterChoice]) -> frozenset[int]:
         """The ranks at which nothing in flight keeps a request of this adapter from running merged."""
+        if version is None or not merged:
+            return frozenset()
         pair = self.book.only_pair
-        if version is None or not (self.book.in_flight == 0 or (pair and pair[0] == version)):
+        if not (self.book.in_flight == 0 or (pair and pair[0] == version)):
             return frozenset()
         return frozenset(each.rank for each in merged if each.version == version and (not pair or each.rank == pair[1]))
 

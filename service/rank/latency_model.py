@@ -149,6 +149,8 @@ class LatencyModel:
     def __init__(self, prior: Mapping[Mode, Statistics] | None = None) -> None:
         self._lock = threading.Lock()  # guards what is learned from; what is asked for is replaced as a whole
         self._coefficients: dict[Mode, tuple[float, ...]] = {}
+        self._sources: dict[Mode, tuple[Mode, tuple[float, ...]]] = {}
+        """For each mode the nearest that was seen, with its coefficients."""
         self.adopt(prior or {})
 
     @property
@@ -195,11 +197,10 @@ class LatencyModel:
 
         A mode that was not seen yet is taken for the nearest one that was. None as long as nothing can be predicted.
         """
-        known = self._coefficients
-        source = next((each for each in _NEAREST[mode] if each in known), None)
-        if source is None:
+        known = self._sources.get(mode)
+        if known is None:
             return None
-        c = known[source]
+        source, c = known
         rows = decode_rows + prefill_tokens
         fixed = _fixed(decode_rows, prefill_tokens, context_tokens, adapters if mode is Mode.MIXED else 0)
         seconds = sum(map(mul, c, fixed))
@@ -248,7 +249,9 @@ class LatencyModel:
             return
         start = np.array(self._coefficients.get(mode, (0.0,) * FEATURES))
         fitted = non_negative_least_squares(both.gram, both.moment, start, sweeps=sweeps)
-        self._coefficients = {**self._coefficients, mode: tuple(map(float, fitted))}
+        known = self._coefficients = {**self._coefficients, mode: tuple(map(float, fitted))}
+        nearest = {each: next(other for other in _NEAREST[each] if other in known) for each in Mode}
+        self._sources = {each: (source, known[source]) for each, source in nearest.items()}
 
 
 def non_negative_least_squares(gram: Floats, moment: Floats, start: Floats, *, sweeps: int) -> Floats:

@@ -102,7 +102,7 @@ class LoadBook:
         waiting_prompt_tokens: prompt tokens of the waiting.
         context_tokens: tokens, prompts included, of the decoding.
         columns: adapter columns that all would use at each price: the sum over adapters of the largest rank.
-        row_ranks: sum of the ranks of all at each price.
+        row_ranks: sum of the ranks of all at each price; like the columns it is replaced, never changed in place.
         requests: all in flight, in the order in which they came.
         judged: number of those that have objectives.
     """
@@ -151,14 +151,13 @@ class LoadBook:
             self._new_tokens_per_s = fade * self._new_tokens_per_s + request.new_tokens / TRAFFIC_S
             self._requests_per_s = fade * self._requests_per_s + 1 / TRAFFIC_S
             self._prompt_tokens_per_s = fade * self._prompt_tokens_per_s + request.prompt_tokens / TRAFFIC_S
-            self._mean_ranks += max(0.1, 1 - fade) * (np.array(request.ladder) - self._mean_ranks)
+            self._mean_ranks = self._mean_ranks + max(0.1, 1 - fade) * (np.array(request.ladder) - self._mean_ranks)
             self._arrived_at = now
             self._enter(request)
 
     def plus(self, requests: Iterable[InFlight]) -> "LoadBook":
         """What it would be if some requests more had just been submitted, which this one never hears of. Hold `lock`."""
         other = copy.copy(self)
-        other.columns, other.row_ranks = self.columns.copy(), self.row_ranks.copy()
         other.requests, other._ranks = dict(self.requests), self._ranks.copy()
         other._users = {version: users.copy() for version, users in self._users.items()}
         for request in requests:
@@ -216,11 +215,11 @@ class LoadBook:
 
     def _count(self, request: InFlight, one: int) -> None:
         self.judged += one * request.has_objectives
-        self.row_ranks += one * np.array(request.ladder)
+        self.row_ranks = self.row_ranks + one * np.array(request.ladder)
         users = self._users.setdefault(request.version, _Users())
-        self.columns -= users.columns
+        others = self.columns - users.columns
         users.count(request.ladder, one)
-        self.columns += users.columns
+        self.columns = others + users.columns
         if not users.ladders:
             del self._users[request.version]
         self._count_rank(request, one)

@@ -1,15 +1,16 @@
 """How long the next steps will take, and a request among them, at each price of a column: the latency model's steps, put
 together as the scheduler does it.
 
-Everything that does not depend on who asks is computed once after a step or an arrival, for all prices at once; a request then
-takes a few sums.
+Everything that does not depend on who asks is computed once after a step or an arrival: for all prices at once where a price is
+set, and for one price at a time where a single request asks, which looks at few of them. A request then takes a few sums.
 """
 
 import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from service.rank.load import LoadBook
 from service.slo import Times
 
 _A_MOMENT = 1e-9
+_NONE: Floats = np.zeros(0)
+Some = TypeVar("Some", float, Floats)
+"""At one price, or at each."""
 
 
 @dataclass(frozen=True)
@@ -101,23 +105,55 @@ class Prospect:
                 raise NotReady
             return time
 
+        self._rows = rows
         self.line = line = step(rows + 1, 0)
         self.row_fixed_s = max(0.0, line.fixed_s - step(1, 0, 1 / rows).fixed_s) / rows
         self.base_s = max(0.0, line.fixed_s - (rows + 1) * self.row_fixed_s)
-        ranks_s = line.per_column_s * book.columns + line.per_row_rank_s * book.row_ranks
-        self.row_s: Floats = self.row_fixed_s + ranks_s / max(1, self.in_flight)
-        self.full_s: Floats = self.base_s + (rows + 1) * self.row_s
-        reading = step(decoding, chunk)
-        mean_ranks = book.row_ranks / self.in_flight if self.in_flight else self._traffic.ranks
-        with_chunk = reading.fixed_s + reading.per_column_s * book.columns
-        with_chunk = with_chunk + reading.per_row_rank_s * (decoding + chunk) * mean_ranks
-        self.token_s: Floats = np.maximum(with_chunk - self.base_s - decoding * self.row_s, 0.0) / chunk
+        self._columns, self._row_ranks = book.columns, book.row_ranks  # which the book replaces, and never changes
+        self._decoding, self._reading, self._read_tokens = decoding, step(decoding, chunk), chunk
         remaining = [each.new_tokens - each.generated for each in self.requests]
+        self.starts: Floats
         self._last = self._lay_out(remaining)
-        self.ends: Floats = self.starts + np.array(remaining, dtype=np.float64)
+        self.ends: Floats = self.starts + np.array(remaining, dtype=np.float64) if remaining else _NONE
+
+    @cached_property
+    def row_s(self) -> Floats:
+        """See the class."""
+        return self._row_s(self._columns, self._row_ranks)
+
+    @cached_property
+    def full_s(self) -> Floats:
+        """See the class."""
+        return self.base_s + (self._rows + 1) * self.row_s
+
+    @cached_property
+    def token_s(self) -> Floats:
+        """See the class."""
+        ranks = self._row_ranks / self.in_flight if self.in_flight else self._traffic.ranks
+        return np.maximum(self._token_s(self._columns, ranks, self.row_s), 0.0)
+
+    def row_and_token_s(self, level: int) -> tuple[float, float]:
+        """`row_s` and `token_s` at one price."""
+        columns, row_ranks = self._columns.item(level), self._row_ranks.item(level)
+        rank = row_ranks / self.in_flight if self.in_flight else self._traffic.ranks.item(level)
+        row_s = self._row_s(columns, row_ranks)
+        return row_s, max(self._token_s(columns, rank, row_s), 0.0)
+
+    def _row_s(self, columns: Some, row_ranks: Some) -> Some:
+        line = self.line
+        return self.row_fixed_s + (line.per_column_s * columns + line.per_row_rank_s * row_ranks) / max(1, self.in_flight)
+
+    def _token_s(self, columns: Some, rank: Some, row_s: Some) -> Some:
+        """By how much prompt tokens of this rank make a step longer that reads them, each; less than 0 is none."""
+        reading = self._reading
+        with_ranks = reading.per_column_s * columns + reading.per_row_rank_s * (self._decoding + self._read_tokens) * rank
+        return (reading.fixed_s + with_ranks - self.base_s - self._decoding * row_s) / self._read_tokens
 
     def _lay_out(self, remaining: Sequence[int]) -> list[float]:
         """Set `starts`; the ends of the last that have a place, as a heap."""
+        if not remaining:
+            self.starts = _NONE
+            return []
         last = [float(left) for each, left in zip(self.requests, remaining, strict=True) if each.generated]
         heapq.heapify(last)
         starts, ahead = [], 0
@@ -130,7 +166,7 @@ class Prospect:
                     heapq.heappop(last)
                 heapq.heappush(last, start + left)
             starts.append(start)
-        self.starts: Floats = np.array(starts, dtype=np.float64)
+        self.starts = np.array(starts, dtype=np.float64)
         return last
 
     def _start(self, ahead: int, prompt_tokens: int, last: Sequence[float]) -> float:
@@ -163,10 +199,10 @@ class Prospect:
 
     def work_until(self, steps: float, prompt_tokens: int) -> tuple[float, float, float, float]:
         """The same of one number of steps, with a prompt that comes now."""
-        part = np.maximum(np.minimum(self.ends, steps) - self.starts, 0.0).sum()
+        part = float(np.maximum(np.minimum(self.ends, steps) - self.starts, 0.0).sum()) if self.requests else 0.0
         most = min(steps, self._new_tokens)
         arriving = self._traffic.requests_per_s * most * (1 - most / max(2 * steps, _A_MOMENT))
-        return steps, float(part), min(self._unread + prompt_tokens, self._chunk * steps), arriving
+        return steps, part, min(self._unread + prompt_tokens, self._chunk * steps), arriving
 
     def seconds(self, work: "Work") -> Floats:
         """How long it takes, at each price, if as much arrives meanwhile as lately."""
@@ -213,6 +249,7 @@ class Outlook:
         self._start = prospect.start(ask.prompt_tokens)
         self._first = self._until(1)
         self._last = self._until(ask.new_tokens)
+        self._known: dict[tuple[int, int, float], Times] = {}  # a decision comes back to some
         self._least = self._first if ask.least_tokens == 1 else self._until(ask.least_tokens)
 
     def _until(self, tokens: int) -> "_Until":
@@ -220,7 +257,11 @@ class Outlook:
 
     def at(self, level: int, rank: int, factor: float = 1.0) -> Times:
         """Its times from its arrival, in milliseconds, if all that is still to come takes longer than expected by a factor."""
-        return self._times(level, rank, self._last, factor)
+        key = level, rank, factor
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._times(level, rank, self._last, factor)
+        return known
 
     def soonest(self, level: int, rank: int) -> Times:
         """Its times if its answer is as short as it may be."""
@@ -228,7 +269,7 @@ class Outlook:
 
     def _times(self, level: int, rank: int, last: "_Until", factor: float) -> Times:
         prospect, line = self.prospect, self.prospect.line
-        base_s, row_s, token_s = prospect.base_s, prospect.row_s.item(level), prospect.token_s.item(level)
+        base_s, (row_s, token_s) = prospect.base_s, prospect.row_and_token_s(level)
         columns = rank if self._own_columns is None else max(0.0, rank - self._own_columns.item(level))
         rank_s = line.per_row_rank_s * rank
         own_s = prospect.row_fixed_s + rank_s + line.per_column_s * columns
