@@ -134,6 +134,8 @@ class Prospect:
 
     def row_and_token_s(self, level: int) -> tuple[float, float]:
         """`row_s` and `token_s` at one price."""
+        if "token_s" in self.__dict__:  # a price was set by them
+            return self.row_s.item(level), self.token_s.item(level)
         columns, row_ranks = self._columns.item(level), self._row_ranks.item(level)
         rank = row_ranks / self.in_flight if self.in_flight else self._traffic.ranks.item(level)
         row_s = self._row_s(columns, row_ranks)
