@@ -3,9 +3,9 @@ beside loads of 0 to 64 requests.
 
 One JSON line per load. A decision is everything between a request that is tokenised and its rank, for an adapter with 64 legal
 ranks, after every step anew, a third of the requests in flight with objectives of their own. By turns its deadline is one that
-every rank meets (`easy`), that some do (`between`) and that none does (`hopeless`); `decision` is of all together. `step` is what
-the engine's thread does after each step, the latency model's learning included. Seconds of the processor, not of the clock:
-others may use it meanwhile. No server and no model is needed.
+every rank meets (`easy`), that some do (`between`) and that none does (`hopeless`); `decision` is of all together. `step` is
+what the engine's thread does after each step, the latency model's learning included. Seconds of the processor, not of the
+clock: others may use it meanwhile. No server and no model is needed.
 """
 
 import argparse
