@@ -14,13 +14,14 @@ import json
 import statistics
 import time
 
+from loadtests.slo.simulator import SIZES
 from service.core import Mode, StepReport
 from service.rank.auto_rank import AutoRank
 from service.rank.ladder import TOP
 from service.rank.latency_model import LatencyModel
 from service.rank.load import InFlight
 from service.rank.policies import Policy, PolicyBook, PolicyKind
-from service.rank.prospect import Ask, EngineSizes
+from service.rank.prospect import Ask
 from service.rank.rank_policy import RankFacts, decide
 from service.slo import Slo
 
@@ -31,7 +32,7 @@ ASK = Ask(40, 60)
 def main() -> None:
     """Measure every load."""
     options = _options()
-    auto_rank = AutoRank(_model(), EngineSizes(64, 512, 6))
+    auto_rank = AutoRank(_model(), SIZES)
     book = PolicyBook({"latency": Policy(PolicyKind.LATENCY)}, "latency")
     facts = RankFacts(RANKS)
     ladder = facts.ladder(RANKS[0], RANKS[-1])

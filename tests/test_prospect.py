@@ -102,7 +102,8 @@ def test_what_was_read_of_a_load_stays_when_the_load_changes() -> None:
     """A decision is made outside the book's lock."""
     book = LoadBook()
     book.add(InFlight("v", FACTS.ladder(1, 64), 64, 40, 30), 0.0)
-    first, second = (Prospect(dear_ranks(), book, SIZES, Mode.MIXED, 1.0) for _ in range(2))
+    model = dear_ranks()
+    first, second = (Prospect(model, book, SIZES, Mode.MIXED, 1.0) for _ in range(2))
     before = first.row_s.tolist(), first.token_s.tolist()
     for version in "vw":
         book.add(InFlight(version, FACTS.ladder(1, 64), 64, 40, 30), 1.0)

@@ -5,6 +5,7 @@ other requests.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from loadtests.slo.plan import POLICIES, RANK, SCENARIOS_HELP, Run, RunFile, planned
@@ -21,6 +22,7 @@ def main() -> None:
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     file = RunFile(options.out / "runs.jsonl")
+    _check_machine(options.machine, file, options.out)
     done = file.done()
     ranks = tuple(range(1, RANK + 1))
     for run in planned(options.scenarios, options.seeds):
@@ -29,7 +31,15 @@ def main() -> None:
         simulation = Simulation(ranks, dict(curve(ranks)), machine=MACHINES[options.machine], seed=run.seed)
         wish, token_ms = POLICIES[run.policy], simulation.token_ms()
         simulation.play(_trace(run, 1000 + run.seed, options.warm_up_s), wish, token_ms)
-        file.add(run, options.seconds, simulation.play(_trace(run, run.seed, options.seconds), wish, token_ms))
+        outcomes = simulation.play(_trace(run, run.seed, options.seconds), wish, token_ms)
+        file.add(run, options.seconds, outcomes, machine=options.machine)
+
+
+def _check_machine(machine: str, file: RunFile, folder: Path) -> None:
+    """Runs of one trace on two machines are not told apart, so a second would be left out without a word."""
+    others = {line.get("machine", "steady") for line in file.lines()} - {machine}
+    if others:
+        sys.exit(f"--machine {machine}: {folder} has runs on the machine {', '.join(others)!r}; name another folder with --out")
 
 
 def _trace(run: Run, seed: int, seconds: float) -> list[Asked]:

@@ -92,8 +92,6 @@ class Simulation:
         self._quality = quality
         self._machine = machine
         self._rng = random.Random(seed)
-        self._spells = self._rng
-        self._is_slow, self._turns_at = False, 0.0
         self.now = 0.0
         model = LatencyModel()
         for step in _swept(self._rng):
@@ -110,9 +108,7 @@ class Simulation:
         """Every request at its moment; `slack_ms` times the request's slack is its time for each token."""
         scheduler = Scheduler(BlockPool(20_000, 16), **_scheduler_sizes(), prefix_cache=False)
         started, ahead = self.now, list(reversed(asked))
-        # The same spells for every policy.
-        self._spells = random.Random(len(asked))
-        self._is_slow, self._turns_at = False, started + self._spells.expovariate(1 / self._machine.fast_s)
+        spells = _Spells(self._machine, len(asked), started)  # the same for every policy
         live: dict[Running, _Live] = {}
         outcomes: dict[Asked, Outcome] = {}
         while ahead or live:
@@ -123,7 +119,7 @@ class Simulation:
                 one = self._arrive(each, wish, each.deadline.slack * slack_ms * (each.new_tokens + 4), started + each.at_s)
                 live[one.running] = one
                 scheduler.add(one.running)
-            self._step(scheduler, live, outcomes)
+            self._step(scheduler, spells, live, outcomes)
         return [outcomes[each] for each in asked]
 
     def _arrive(self, asked: Asked, wish: Wish, slo_ms: float, at: float) -> "_Live":
@@ -142,11 +138,13 @@ class Simulation:
         with measured.in_flight():
             return _Live(running, asked, decision, measurement, measured, slo_ms, at)
 
-    def _step(self, scheduler: Scheduler, live: dict[Running, "_Live"], outcomes: dict[Asked, Outcome]) -> None:
+    def _step(
+        self, scheduler: Scheduler, spells: "_Spells", live: dict[Running, "_Live"], outcomes: dict[Asked, Outcome]
+    ) -> None:
         batch = scheduler.schedule()
         assert batch is not None, "something is live"
         report = batch.report(Mode.MIXED, 1.0)
-        report = replace(report, seconds=self._seconds(report))
+        report = replace(report, seconds=self._seconds(report) * spells.slowdown(self.now))
         self.now += report.seconds
         scheduler.commit(batch)
         for chunk in batch.chunks:
@@ -173,12 +171,26 @@ class Simulation:
         self.auto_rank.on_step(report)
 
     def _seconds(self, step: StepReport) -> float:
+        seconds = step_s(step) * self._rng.lognormvariate(0.0, self._machine.noise)
+        return seconds * (STRAGGLER if self._rng.random() < self._machine.straggling else 1.0)
+
+
+class _Spells:
+    """When a machine is slow, from `start` on, when it is not."""
+
+    def __init__(self, machine: Machine, seed: int, start: float) -> None:
+        self._machine = machine
+        self._rng = random.Random(seed)
+        self._is_slow = False
+        self._turns_at = start + self._rng.expovariate(1 / machine.fast_s)
+
+    def slowdown(self, now: float) -> float:
+        """How many times as long a step takes that begins now, which is no earlier than it was asked for before."""
         machine = self._machine
-        while self.now >= self._turns_at:
+        while now >= self._turns_at:
             self._is_slow = not self._is_slow
-            self._turns_at += self._spells.expovariate(1 / (machine.slow_s if self._is_slow else machine.fast_s))
-        seconds = step_s(step) * self._rng.lognormvariate(0.0, machine.noise) * (machine.slow if self._is_slow else 1.0)
-        return seconds * (STRAGGLER if self._rng.random() < machine.straggling else 1.0)
+            self._turns_at += self._rng.expovariate(1 / (machine.slow_s if self._is_slow else machine.fast_s))
+        return machine.slow if self._is_slow else 1.0
 
 
 @dataclass(eq=False)

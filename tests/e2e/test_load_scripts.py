@@ -74,3 +74,13 @@ def test_the_slo_experiment_and_its_report(tmp_path: Path) -> None:
     subprocess.run(report, capture_output=True, text=True, check=True, timeout=60)
     assert all(policy in (tmp_path / "slo.md").read_text() for policy in [*policies, "oracle"])
     assert (tmp_path / "frontier.svg").stat().st_size > 1000
+
+
+def test_runs_on_two_simulated_machines_do_not_share_a_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "loadtests.slo.simulated", "--out", str(tmp_path), "--scenarios", "poisson:2:fixed 4"]
+    sizes = ["--seconds", "2", "--warm-up-s", "0", "--seeds", "1", "--machine"]
+    subprocess.run([*command, *sizes, "shared"], capture_output=True, check=True, timeout=60)
+    before = RunFile(tmp_path / "runs.jsonl").lines()
+    refused = subprocess.run([*command, *sizes, "steady"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1 and "has runs on the machine 'shared'" in refused.stderr
+    assert RunFile(tmp_path / "runs.jsonl").lines() == before
